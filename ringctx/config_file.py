@@ -1,0 +1,137 @@
+"""Reads the YAML of a run: units, overrides, unknown keys, types; all problems in one error.
+
+OmegaConf parses and checks types; this thin layer adds sizes (`128k`, `0.5M`: powers of 1024),
+"did you mean", and the collecting of problems over all sections.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ringctx.config import Config
+from ringctx.errors import ConfigError
+
+__all__ = ["build_section", "config_to_dict", "config_to_yaml", "load_config", "parse_size"]
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Read a size in tokens: `4096`, `128k`, `0.5M`, `2g` (k, M, G are powers of 1024).
+
+    Raises:
+        ConfigError: if the text is not a whole number of tokens.
+    """
+    match = _SIZE.fullmatch(text.strip().replace("_", "").replace(",", ""))
+    size = float(match[1]) * _UNITS[match[2].lower()] if match else 0.5
+    if size != int(size):
+        raise ConfigError(f"'{text}' is not a size; write for example 4096, 128k or 0.5M")
+    return int(size)
+
+
+def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -> Any:
+    """Make one section from plain values: unknown keys, types, units and ranges checked.
+
+    Raises:
+        ConfigError: listing every problem of the section.
+    """
+    known = [f.name for f in dataclasses.fields(section)]
+    node = OmegaConf.structured(section)
+    OmegaConf.set_readonly(node, False)
+    problems: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            problems.append(_unknown(f"{name}.{key}", key, known))
+            continue
+        try:
+            OmegaConf.update(node, key, _with_unit(node, key, value))
+        except OmegaConfBaseException as error:
+            rule = str(error).splitlines()[0]
+            problems.append(f"{name}.{key}={value!r}: {rule}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return OmegaConf.to_object(node)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, and check everything.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value`, as on the command line.
+
+    Raises:
+        ConfigError: naming every setting that is unknown, of a wrong type or out of range.
+    """
+    raw = _read(path, overrides)
+    problems = [
+        _unknown(key, key, list(Config.SECTIONS)) for key in raw if key not in Config.SECTIONS
+    ]
+    sections: dict[str, Any] = {}
+    for name, section in Config.SECTIONS.items():
+        values = raw.get(name) or {}
+        if not isinstance(values, Mapping):
+            problems.append(f"{name}={values!r} must be a section with keys of its own")
+            continue
+        try:
+            sections[name] = build_section(section, values, name=name)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Config(**sections)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The config, or one section, as plain dicts, lists, numbers and strings."""
+    plain: dict[str, Any] = dataclasses.asdict(config)
+    return plain
+
+
+def config_to_yaml(config: Config) -> str:
+    """The complete config as YAML that `load_config` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        base = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except Exception as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+    for item in overrides:
+        if "=" not in item or item.startswith(("=", "-")):
+            raise ConfigError(f"'{item}' is not an override; write section.key=value")
+    try:
+        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        raw = OmegaConf.to_container(merged, resolve=True)
+    except Exception as error:
+        raise ConfigError(f"config {path} with {list(overrides)}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {path} must hold sections, not a list")
+    return {str(key): value for key, value in raw.items()}
+
+
+def _with_unit(node: Any, key: str, value: Any) -> Any:
+    """Turn `128k` and `20e9` into whole numbers where the field takes one."""
+    hint = str(node._metadata.object_type.__annotations__[key])
+    if "int" not in hint:
+        return value
+    if isinstance(value, float) and value == int(value):
+        return int(value)
+    is_size = isinstance(value, str) and _SIZE.fullmatch(value.strip().replace("_", ""))
+    return parse_size(value) if is_size else value
+
+
+def _unknown(full: str, key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(known)}"
+    return f"unknown key '{full}': {hint}"

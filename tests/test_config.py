@@ -1,0 +1,114 @@
+"""The YAML of a run: what is accepted, and what every mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from ringctx.config import Config, CurriculumConfig, ModelConfig
+from ringctx.config_file import config_to_yaml, load_config, parse_size
+from ringctx.errors import ConfigError
+
+LAUNCH_CONFIGS = sorted((Path(__file__).parent.parent / "launch" / "configs").glob("*.yaml"))
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {path: somewhere}\n" + text)
+    return load_config(path, overrides)
+
+
+def test_sizes_are_tokens_in_powers_of_1024() -> None:
+    assert [parse_size(text) for text in ("4096", "128k", "0.5M", "2G", "1_000")] == [
+        4096,
+        131_072,
+        524_288,
+        2**31,
+        1000,
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "k", "12q", "-4k", "0.3", "1.2.3k"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_size(text)
+
+
+def test_overrides_win_over_the_file_and_take_units(tmp_path: Path) -> None:
+    config = load(tmp_path, "curriculum: {max_len: 8k}", "curriculum.max_len=64k", "optim.lr=1e-3")
+    assert config.curriculum.max_len == 65_536
+    assert config.optim.lr == 1e-3
+
+
+def test_whole_floats_are_accepted_where_tokens_are_counted(tmp_path: Path) -> None:
+    assert load(tmp_path, "curriculum: {total_tokens: 20e9}").curriculum.total_tokens == 20 * 10**9
+
+
+def test_the_written_config_reads_back_equal(tmp_path: Path) -> None:
+    config = load(tmp_path, "parallel: {cp_degree: 2}\nmodel: {num_kv_heads: 2}")
+    path = tmp_path / "written.yaml"
+    path.write_text(config_to_yaml(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load_config(path)
+
+
+def test_sizes_that_follow_from_others_are_filled_in() -> None:
+    model = ModelConfig(dim=96, num_heads=3)
+    assert (model.num_kv_heads, model.head_dim, model.mlp_dim) == (3, 32, 256)
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    text = "optim: {lr: -1}\nparallel: {layout: zigzg}\nmodle: {dim: 3}\ncurriculum: {cycle: 2}"
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert "optim.lr=-1.0 must be above 0" in message
+    assert "parallel.layout='zigzg'" in message
+    assert "unknown key 'modle': did you mean 'model'?" in message
+    assert "unknown key 'curriculum.cycle': did you mean 'cycles'?" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.dim=many", r"model\.dim='many'.*could not be converted to Integer"),
+        ("model.num_heads=3", r"model\.dim=512 is not divisible by model\.num_heads=3"),
+        ("model.num_kv_heads=3", r"num_kv_heads=3 does not divide model\.num_heads=8"),
+        ("model.head_dim=7", r"head_dim=7 must be even"),
+        ("curriculum.max_len=1000", r"must be powers of two"),
+        ("curriculum.min_len=16k", r"must be powers of two with 2 <= min_len <= max_len"),
+        ("curriculum.tokens_per_step=12000", r"nearest valid values are 8,192 or 16,384"),
+        ("curriculum.cycles=0", r"cycles=0 must be at least 1"),
+        ("curriculum.odds=grow_p3", r"expected one of \['uniform', 'grow_p2'\]"),
+        ("parallel.tokens_per_rank=1000", r"tokens_per_rank=1,000 must be a power of two"),
+        ("parallel.cp_degree=3", r"cp_degree=3 must be 'auto' or a power of two"),
+        ("parallel.cp_degree=most", r"parallel\.cp_degree='most'"),
+        ("train.steps=0", r"train\.steps=0 must be positive"),
+        ("checkpoint.resume=last", r"checkpoint\.resume='last'"),
+        ("train.steps", r"'train\.steps' is not an override"),
+        ("--steps=3", r"'--steps=3' is not an override"),
+        ("data.path=", r"data\.path is not set"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_name_and_rule(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, "", override)
+
+
+def test_a_missing_file_and_broken_yaml_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load(tmp_path, "model: {dim: 3")
+    with pytest.raises(ConfigError, match="must be a section"):
+        load(tmp_path, "model: 3")
+
+
+def test_sections_check_themselves_without_a_file() -> None:
+    with pytest.raises(ConfigError, match="less than one step"):
+        CurriculumConfig(total_tokens=10)
