@@ -53,7 +53,7 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
         try:
             OmegaConf.update(node, key, _with_unit(node, key, value))
         except OmegaConfBaseException as error:
-            rule = str(error).splitlines()[0]
+            rule = "must not be null" if value is None else str(error).splitlines()[0]
             problems.append(f"{name}.{key}={value!r}: {rule}")
     if problems:
         raise ConfigError("\n".join(problems))

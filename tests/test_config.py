@@ -90,7 +90,8 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("checkpoint.resume=last", r"checkpoint\.resume='last'"),
         ("train.steps", r"'train\.steps' is not an override"),
         ("--steps=3", r"'--steps=3' is not an override"),
-        ("data.path=", r"data\.path is not set"),
+        ("data.path=", r"data\.path=None: must not be null"),
+        ("data.path=''", r"data\.path is not set"),
     ],
 )
 def test_a_wrong_value_is_told_with_its_name_and_rule(

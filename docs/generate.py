@@ -1,0 +1,146 @@
+"""Writes the pages that follow from the code: `python docs/generate.py` (`--check`: only compare).
+
+configuration.md comes from the config dataclasses, verified.md from the `proves` marks of the
+tests, so neither can claim what is not there.
+"""
+
+import ast
+import dataclasses
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from ringctx import config as config_module
+from ringctx.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = (
+    "CPU",
+    "CPU/gloo",
+    "shaped links",
+    "Triton interpreter",
+    "ahead-of-time compilation",
+    "FakeTensor (CUDA shapes)",
+    "GPU",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Write or compare the pages; 1 if a page is out of date."""
+    pages = {
+        ROOT / "docs" / "configuration.md": configuration_page(),
+        ROOT / "docs" / "verified.md": verified_page(),
+    }
+    stale = [path for path, text in pages.items() if not _is_current(path, text)]
+    if "--check" not in arguments:
+        for path in stale:
+            path.write_text(pages[path])
+        return 0
+    for path in stale:
+        sys.stderr.write(f"{path.relative_to(ROOT)} is out of date: python docs/generate.py\n")
+    return 1 if stale else 0
+
+
+def configuration_page() -> str:
+    """Every section and field, with default and meaning."""
+    classes = _field_texts()
+    lines = [
+        "# Configuration",
+        "",
+        "<!-- Written by docs/generate.py from ringctx/config.py. -->",
+        "",
+        "One YAML file holds these sections; `section.key=value` on the command line overrides it.",
+        "Sizes are tokens and may be written `128k` or `0.5M` (powers of 1024). Off is `null`.",
+        "`ringctx config show CONFIG` prints a config with everything filled in.",
+    ]
+    for name, section in Config.SECTIONS.items():
+        lines += ["", f"## {name}", "", str(section.__doc__), ""]
+        lines += ["| key | default | meaning |", "|---|---|---|"]
+        for field in dataclasses.fields(section):
+            default = _default(field)
+            text = classes[section.__name__][field.name]
+            lines.append(f"| `{field.name}` | `{default}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def verified_page() -> str:
+    """What has been run where: one row a feature, one column a place, by the tests that prove it."""
+    proofs = _proofs()
+    lines = [
+        "# What has been run where",
+        "",
+        "<!-- Written by docs/generate.py from the `proves` marks of the tests. -->",
+        "",
+        "A number counts the test functions that prove the feature there; the list below names them.",
+        "A dash means: not yet run there. Tests in the column GPU are written and skip without one:",
+        "**no CUDA code of this project has been run on hardware yet.**",
+        "",
+        "| feature | " + " | ".join(PLACES) + " |",
+        "|---|" + "---|" * len(PLACES),
+    ]
+    for feature in sorted(proofs):
+        cells = [_cell(proofs[feature].get(place, []), place) for place in PLACES]
+        lines.append(f"| {feature} | " + " | ".join(cells) + " |")
+    for feature in sorted(proofs):
+        lines += ["", f"**{feature}**"]
+        for place in PLACES:
+            lines += [f"- {place}: {test}" for test in sorted(proofs[feature].get(place, []))]
+    return "\n".join(lines) + "\n"
+
+
+def _is_current(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
+
+
+def _cell(tests: list[str], place: str) -> str:
+    if not tests:
+        return "-"
+    return f"not yet ({len(tests)} written)" if place == "GPU" else str(len(tests))
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    value = field.default
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _field_texts() -> dict[str, dict[str, str]]:
+    """The string under each field of each config dataclass."""
+    assert config_module.__file__ is not None
+    tree = ast.parse(Path(config_module.__file__).read_text())
+    texts: dict[str, dict[str, str]] = defaultdict(dict)
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field, below in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                texts[node.name][field.target.id] = str(below.value.value)
+    return texts
+
+
+def _proofs() -> dict[str, dict[str, list[str]]]:
+    """Feature to place to tests, as marked."""
+    proofs: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.proves":
+                    feature = ast.literal_eval(mark.args[0])
+                    place = ast.literal_eval(mark.keywords[0].value)
+                    assert place in PLACES, f"{path}: {node.name}: unknown place {place!r}"
+                    test = f"`{path.relative_to(ROOT)}::{node.name}`"
+                    proofs[feature][place].append(test)
+    return proofs
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""`verify` must find a layout that is wrong, not only pass one that is right."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringctx.launch import verify
+from ringctx.parallel.mesh import World
+from ringctx.trainer import accumulate_gradients
+from tests.ranks import run_ranks
+from tests.tiny import run_plan, write_config, write_dataset
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_dataset(tmp_path)
+    write_config(tmp_path)
+    return tmp_path
+
+
+def _compare(folder: Path, overrides: tuple[str, ...]) -> list[verify.Comparison]:
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+    return list(verify.compare(run_plan(folder, *overrides, world_size=world.size), world=world))
+
+
+@pytest.mark.proves("ringctx verify: every layout and engine equals one process", on="CPU/gloo")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_every_layout_equals_one_process(folder: Path, layout: str, engine: str) -> None:
+    overrides = (
+        "parallel.tokens_per_rank=32",
+        f"parallel.layout={layout}",
+        f"parallel.engine={engine}",
+    )
+    results = run_ranks(4, _compare, folder, overrides)
+    assert results[0] == results[3]
+    assert [(r.bucket_len, r.cp_degree) for r in results[0]] == [
+        (16, 1),
+        (32, 1),
+        (64, 2),
+        (128, 4),
+    ]
+    for result in results[0]:
+        assert result.loss_difference < 1e-5
+        assert result.largest < 1e-4, result.parameter
+
+
+def test_a_wrong_loss_scale_is_found(folder: Path) -> None:
+    results = run_ranks(2, _compare_with_a_wrong_scale, folder)
+    assert all(abs(result.largest - 0.5) < 0.01 for result in results[0])
+
+
+def _compare_with_a_wrong_scale(folder: Path) -> list[verify.Comparison]:
+    def halved(*args: object, world: World, **options: object) -> torch.Tensor:
+        smaller = World(rank=world.rank, size=1, device=world.device)
+        return accumulate_gradients(*args, world=smaller, **options)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "accumulate_gradients", halved)
+        return _compare(folder, ("parallel.tokens_per_rank=64",))

@@ -1,0 +1,70 @@
+"""The import direction of the design: ops < parallel, data < model < trainer < launch."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A module may import from its own layer's package and from every layer with a lower number.
+LAYERS = {
+    "ringctx.errors": 0,
+    "ringctx.config": 1,
+    "ringctx.config_file": 2,
+    "ringctx.ops": 3,
+    "ringctx.parallel": 4,
+    "ringctx.data": 4,
+    "ringctx.model": 5,
+    "ringctx.optim": 5,
+    "ringctx.run_plan": 5,
+    "ringctx.checkpoint": 5,
+    "ringctx.tracking": 5,
+    "ringctx.trainer": 6,
+    "ringctx.launch": 7,
+}
+FOLDERS = {
+    "ringctx": "ringctx",
+    "parallel": "ringctx.parallel",
+    "data": "ringctx.data",
+    "launch": "ringctx.launch",
+}
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            inside = path.relative_to(ROOT / folder)
+            if inside.parts[0] in ("parallel", "data", "launch") and folder == "ringctx":
+                continue
+            found[".".join((package, *inside.with_suffix("").parts))] = path
+    return found
+
+
+def _unit(module: str) -> str:
+    """The entry of LAYERS that a module belongs to."""
+    return ".".join(module.split(".")[:2])
+
+
+def _imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name for name in names if name.startswith("ringctx.")}
+
+
+def test_every_module_has_a_layer() -> None:
+    units = {_unit(name) for name in _modules() if name != "ringctx.__init__"}
+    assert units == set(LAYERS)
+
+
+def test_no_module_imports_from_a_higher_layer_or_a_sibling_package() -> None:
+    wrong = []
+    for module, path in _modules().items():
+        for target in _imports(path):
+            own, other = _unit(module), _unit(target)
+            if own != other and LAYERS.get(own, 99) <= LAYERS[other]:
+                wrong.append(f"{module} imports {target}")
+    assert not wrong

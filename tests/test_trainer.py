@@ -1,0 +1,165 @@
+"""The same losses whatever the layout and engine, also across a stop and a resume."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ringctx.errors import TrainingError
+from ringctx.parallel.mesh import World
+from ringctx.tracking import read_metrics
+from ringctx.trainer import Trainer, start
+from tests.ranks import RankError, run_ranks
+from tests.tiny import run_plan, write_config, write_dataset
+
+LAYOUTS = {
+    "1 rank": (1, ()),
+    "2 ranks cp=2": (2, ("parallel.tokens_per_rank=64", "parallel.cp_degree=2")),
+    "2 ranks dp=2": (2, ()),
+    "4 ranks cp=2 x dp=2": (4, ("parallel.tokens_per_rank=64", "parallel.cp_degree=2")),
+    "4 ranks cp follows length": (4, ("parallel.tokens_per_rank=32",)),
+    "3 ranks with rows to fill up": (3, ()),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_dataset(tmp_path)
+    write_config(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def one_rank_losses(tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.float64]:
+    folder = tmp_path_factory.mktemp("one-rank")
+    write_dataset(folder)
+    write_config(folder)
+    return train(1, folder, "parallel.engine=ddp")
+
+
+def world() -> World:
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+
+
+def _train(folder: Path, run: str, overrides: tuple[str, ...]) -> None:
+    here = world()
+    plan = run_plan(folder, *overrides, f"train.run_dir={folder / run}", world_size=here.size)
+    start(plan, world=here).fit()
+
+
+def train(world_size: int, folder: Path, *overrides: str, run: str = "run") -> NDArray[np.float64]:
+    """Losses of the run so far."""
+    run_ranks(world_size, _train, folder, run, overrides)
+    return np.array([record["loss"] for record in read_metrics(folder / run)])
+
+
+@pytest.mark.proves("trainer: losses equal one rank's over 20 steps", on="CPU/gloo")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_do_not_depend_on_layout_or_engine(
+    folder: Path, one_rank_losses: NDArray[np.float64], layout: str, engine: str
+) -> None:
+    world_size, overrides = LAYOUTS[layout]
+    losses = train(world_size, folder, f"parallel.engine={engine}", *overrides)
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.3, "it learns"
+    np.testing.assert_allclose(losses, one_rank_losses, rtol=1e-4)
+
+
+@pytest.mark.proves("trainer: resume in the same layout is bit-equal", on="CPU/gloo")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resume_half_way_changes_no_bit(folder: Path, layout: str, engine: str) -> None:
+    world_size, overrides = LAYOUTS[layout]
+    overrides = (f"parallel.engine={engine}", *overrides)
+    whole = train(world_size, folder, *overrides, run="unbroken")
+    first = train(world_size, folder, *overrides, "train.stop_after=10")
+    assert len(first) == 10
+    assert train(world_size, folder, *overrides).tolist() == whole.tolist()
+
+
+@pytest.mark.proves("trainer: resume on another world size or engine", on="CPU/gloo")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("2 ranks cp=2", "fsdp2"), ("4 ranks cp follows length", "fsdp2")),
+        (("4 ranks cp=2 x dp=2", "fsdp2"), ("1 rank", "ddp")),
+        (("2 ranks dp=2", "ddp"), ("3 ranks with rows to fill up", "fsdp2")),
+    ],
+    ids=str,
+)
+def test_a_resume_on_another_world_keeps_the_trajectory(
+    folder: Path,
+    one_rank_losses: NDArray[np.float64],
+    before: tuple[str, str],
+    after: tuple[str, str],
+) -> None:
+    for (layout, engine), stop in ((before, "train.stop_after=10"), (after, "train.steps=20")):
+        world_size, overrides = LAYOUTS[layout]
+        losses = train(world_size, folder, f"parallel.engine={engine}", stop, *overrides)
+    np.testing.assert_allclose(losses, one_rank_losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_bf16_stays_close_to_fp32(
+    folder: Path, one_rank_losses: NDArray[np.float64], engine: str, recompute: str
+) -> None:
+    losses = train(
+        2,
+        folder,
+        "train.dtype=bf16",
+        f"train.recompute={recompute}",
+        f"parallel.engine={engine}",
+        "parallel.tokens_per_rank=64",
+        "checkpoint.every=10",
+    )
+    np.testing.assert_allclose(losses, one_rank_losses, rtol=0.02)
+
+
+def test_metrics_have_the_fields_and_the_sums_that_they_promise(folder: Path) -> None:
+    train(2, folder, "parallel.tokens_per_rank=64")
+    records = read_metrics(folder / "run")
+    assert [record["step"] for record in records] == list(range(20))
+    assert [record["tokens"] for record in records] == [256 * (i + 1) for i in range(20)]
+    for record in records:
+        length = record["bucket_len"]
+        assert record["cp_degree"] == max(1, length // 64)
+        assert record["num_sequences"] == 256 // length
+        # A hop carries K and V of 64 tokens, 2 heads of 8, fp32. Each of 2 ranks sends one
+        # forward, one backward, and one with the fp32 gradients; in 2 rows and 2 layers.
+        hop = 2 * 2 * 8 * 64 * 4
+        ring = 2 * 3 * hop * 2 * 2
+        assert record["moved_bytes"] == (ring if length == 128 else 0)
+        assert record["max_memory_bytes"] > 2**20
+        assert record["tokens_per_s"] > 0
+
+
+def _train_on_nan(folder: Path) -> None:
+    trainer = Trainer(run_plan(folder, "parallel.engine=ddp", world_size=2), world=world())
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            trainer.parameters[1][:2] = float("nan")
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    with pytest.raises(TrainingError, match="the gradient of step 0 is not finite"):
+        trainer.train_step(0, trainer.loader.step(0))
+    torch.testing.assert_close(trainer.parameters, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_update(
+    folder: Path,
+) -> None:
+    run_ranks(2, _train_on_nan, folder)
+
+
+def _train_on_different_seeds(folder: Path) -> None:
+    run = run_plan(folder, f"train.seed={dist.get_rank()}", world_size=2)
+    Trainer(run, world=world())
+
+
+def test_ranks_with_different_plans_all_stop(folder: Path) -> None:
+    with pytest.raises(RankError, match="the ranks do not agree on the plan"):
+        run_ranks(2, _train_on_different_seeds, folder)

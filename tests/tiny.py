@@ -1,0 +1,46 @@
+"""A run small enough for tests: documents of many lengths, a model of a few thousand weights."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ringctx.config_file import load_config
+from ringctx.data.tokenizers import ByteTokenizer
+from ringctx.data.writer import DatasetWriter
+from ringctx.run_plan import RunPlan, make_run_plan
+
+CONFIG = """
+model: {{dim: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, mlp_dim: 48, qk_norm: true}}
+data: {{path: {folder}/dataset}}
+curriculum: {{odds: grow_p2, cycles: 2, min_len: 16, max_len: 128, tokens_per_step: 256}}
+parallel: {{tokens_per_rank: 128}}
+optim: {{lr: 1e-2, warmup_steps: 4}}
+train: {{run_dir: {folder}/run, steps: 20, loss_chunk: 50}}
+checkpoint: {{every: null}}
+"""
+
+
+def write_dataset(folder: Path, *, documents: int = 60, seed: int = 0) -> Path:
+    """Documents of 20 to 600 bytes with words in them, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    words = [bytes(rng.integers(97, 123, size=n).astype(np.uint8)) for n in rng.integers(2, 8, 40)]
+    tokenizer = ByteTokenizer()
+    with DatasetWriter(folder / "dataset", tokenizer=tokenizer) as writer:
+        for length in rng.integers(20, 600, size=documents):
+            text = b" ".join(words[i] for i in rng.integers(0, 40, size=300))[:length]
+            tokens = np.append(tokenizer.encode(text.decode()), tokenizer.end_id)
+            writer.add(tokens, np.array([len(tokens)]))
+        writer.finish(built_from={"seed": seed})
+    return folder / "dataset"
+
+
+def write_config(folder: Path, text: str = CONFIG) -> Path:
+    """The config above, for a dataset in the same folder."""
+    path = folder / "config.yaml"
+    path.write_text(text.format(folder=folder))
+    return path
+
+
+def run_plan(folder: Path, *overrides: str, world_size: int = 1) -> RunPlan:
+    """Config and dataset of a folder, ready for a trainer."""
+    return make_run_plan(load_config(folder / "config.yaml", overrides), world_size=world_size)
