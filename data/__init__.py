@@ -1,0 +1,27 @@
+"""Documents to sequences to steps. Ranks are ints here: no process group is known."""
+
+from ringctx.data.check import check_dataset
+from ringctx.data.documents import Dataset, open_dataset
+from ringctx.data.ingest import BuildReport, build_dataset
+from ringctx.data.loader import IGNORE_INDEX, Loader, Microbatch, RowShard
+from ringctx.data.plan import Plan, PlanSummary, Step
+
+__all__ = [
+    "IGNORE_INDEX",
+    "BuildReport",
+    "Dataset",
+    "Loader",
+    "Microbatch",
+    "Plan",
+    "PlanSummary",
+    "RowShard",
+    "Step",
+    "build_dataset",
+    "check_dataset",
+    "open_dataset",
+]
+
+if __name__ != "ringctx.data":
+    raise ImportError(
+        "this folder is the package ringctx.data: write 'import ringctx.data', not 'import data'"
+    )

@@ -1,0 +1,197 @@
+"""What a dataset folder says about itself: `dataset.json`, and the hashes that hold it to that.
+
+One JSON file names the token type, the tokenizer and, for every shard, its counts and content
+hashes. A checksum over the whole file finds edits; the fingerprint covers content only, so a
+dataset keeps it when it is moved or built again from other paths.
+Price: hashing runs at about 1 GB/s; a sampled hash reads 6 MiB of a shard, whatever its size.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ringctx.errors import DatasetError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "Manifest",
+    "ShardInfo",
+    "hash_file",
+    "hash_json",
+    "hash_sample",
+    "new_hash",
+    "offsets_name",
+    "read_manifest",
+    "token_dtype",
+    "tokens_name",
+]
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "dataset.json"
+DTYPES = ("uint16", "uint32")
+
+_MIB = 2**20
+_SAMPLE_BLOCKS = 64
+_SAMPLE_BLOCK_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One pair of files: tokens and document offsets."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    """Size of the token file."""
+    tokens_hash: str
+    tokens_sample: str
+    """Hash of the first and last MiB and of blocks between, for a quick look at large files."""
+    offsets_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of `dataset.json`."""
+
+    version: int = FORMAT_VERSION
+    dtype: str
+    vocab_size: int
+    """Ids of the full tokenizer, the end-of-document id included."""
+    end_id: int
+    """The id appended to every document."""
+    tokenizer: str
+    tokenizer_hash: str
+    shards: tuple[ShardInfo, ...]
+    built_from: dict[str, Any] = field(default_factory=dict)
+    """Inputs and options of the build, and what it skipped."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all token files."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex name of the content: equal exactly when tokens, documents and ids are."""
+        content = dataclasses.asdict(self)
+        for key in ("tokenizer", "built_from"):
+            del content[key]
+        return hash_json(content)
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`."""
+        content = dataclasses.asdict(self)
+        return json.dumps({**content, "checksum": hash_json(content)}, indent=2) + "\n"
+
+
+def tokens_name(shard: int) -> str:
+    """File name of a shard's tokens: raw little-endian ids, nothing else."""
+    return f"shard-{shard:05d}.bin"
+
+
+def offsets_name(shard: int) -> str:
+    """File name of a shard's offsets: int64 `[documents + 1]`, from 0 to the number of tokens."""
+    return f"shard-{shard:05d}.off.npy"
+
+
+def token_dtype(vocab_size: int) -> "np.dtype[np.unsignedinteger[Any]]":
+    """The smallest type on disk that holds every id of the vocabulary."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def new_hash() -> "hashlib.blake2b":
+    """The hash used throughout: BLAKE2b with 128 bits."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def hash_json(value: Any) -> str:
+    """Hash of a JSON value, independent of the order of keys."""
+    digest = new_hash()
+    digest.update(json.dumps(value, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Hash of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, new_hash).hexdigest()
+
+
+def hash_sample(path: Path) -> str:
+    """Hash of the size, the first and last MiB and 64 evenly spaced blocks of a file."""
+    size = path.stat().st_size
+    spans = [(0, _MIB), (max(size - _MIB, 0), _MIB)]
+    spans += [(size * i // _SAMPLE_BLOCKS, _SAMPLE_BLOCK_BYTES) for i in range(_SAMPLE_BLOCKS)]
+    digest = new_hash()
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        for start, length in spans:
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `dataset.json`.
+
+    Raises:
+        DatasetError: if it is missing, unreadable, of another version, or was edited.
+    """
+    path = folder / MANIFEST_NAME
+    raw = _load(folder, path)
+    version = raw.get("version")
+    if version != FORMAT_VERSION:
+        raise DatasetError(
+            f"{path}: format version {version!r}, but this ringctx reads version "
+            f"{FORMAT_VERSION}; build the dataset again with 'ringctx data build'"
+        )
+    checksum = raw.pop("checksum", None)
+    actual = hash_json(raw)
+    if checksum != actual:
+        raise DatasetError(
+            f"{path} was changed after the build (checksum {checksum}, content gives {actual}); "
+            "restore it, or build the dataset again"
+        )
+    try:
+        shards = tuple(ShardInfo(**shard) for shard in raw.pop("shards"))
+        manifest = Manifest(**raw, shards=shards)
+    except (KeyError, TypeError) as error:
+        raise DatasetError(f"{path} is not a dataset manifest: {error}") from error
+    if manifest.dtype not in DTYPES:
+        raise DatasetError(f"{path}: dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
+    return manifest
+
+
+def _load(folder: Path, path: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise DatasetError(f"dataset {folder} does not exist: make it with 'ringctx data build'")
+    if not path.is_file():
+        raise DatasetError(
+            f"{folder} holds no {MANIFEST_NAME}: it is no dataset, or its build was stopped; "
+            "make one with 'ringctx data build'"
+        )
+    try:
+        raw = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DatasetError(
+            f"{path} is not valid JSON ({error}); restore it, or build the dataset again"
+        ) from error
+    if not isinstance(raw, dict):
+        raise DatasetError(f"{path} is not a dataset manifest: it holds a {type(raw).__name__}")
+    return raw

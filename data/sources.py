@@ -1,0 +1,114 @@
+"""Find the documents of a build: which files there are, and which of them form one document.
+
+Folders are walked in sorted order, so the documents of a dataset depend on names and contents only.
+`.jsonl` files give one document a line; every other file is text, alone or joined with the other
+files of its folder. All of them may be gzipped (`.gz`).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringctx.errors import ConfigError
+
+__all__ = ["GroupBy", "LineSource", "TextSource", "find_sources", "parse_group_by"]
+
+_GROUP_BY = re.compile(r"file|dir(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One document: the text of these files, joined by newlines."""
+
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class LineSource:
+    """A JSONL file: one document a line."""
+
+    file: Path
+
+
+@dataclass(frozen=True)
+class GroupBy:
+    """Which text files are joined into one document."""
+
+    folders: bool
+    """False: every file is a document."""
+    depth: int | None = None
+    """Files that agree in this many folders below the input are joined; None: in all of them."""
+
+    def key(self, file: Path) -> tuple[str, ...]:
+        """What files of one document have in common; the path is relative to the input."""
+        return file.parent.parts[: self.depth] if self.folders else file.parts
+
+
+def parse_group_by(text: str) -> GroupBy:
+    """Read `file`, `dir` (files of the same folder) or `dir:2` (same folder at depth 2).
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    match = _GROUP_BY.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"--group-by {text!r} is none of: file, dir, dir:DEPTH (as in dir:2)")
+    return GroupBy(text != "file", int(match[1]) if match[1] else None)
+
+
+def find_sources(
+    inputs: Sequence[str | Path], *, glob: str, group_by: GroupBy
+) -> list[TextSource | LineSource]:
+    """List the documents of files and folders, in a fixed order.
+
+    Args:
+        inputs: files, and folders to be walked.
+        glob: which files of a folder to take, relative to it.
+        group_by: which text files of a folder to join.
+
+    Raises:
+        ConfigError: if an input does not exist or comes twice, or if nothing matches.
+    """
+    paths = [Path(item) for item in inputs]
+    _check(paths)
+    sources: list[TextSource | LineSource] = []
+    for path in paths:
+        found = _walk(path, glob) if path.is_dir() else [path]
+        root = path if path.is_dir() else path.parent
+        groups: dict[tuple[str, ...], list[Path]] = {}
+        for file in found:
+            if is_jsonl(file):
+                sources.append(LineSource(file))
+            else:
+                groups.setdefault(group_by.key(file.relative_to(root)), []).append(file)
+        sources += [TextSource(tuple(files)) for files in groups.values()]
+    if not sources:
+        names = ", ".join(map(str, paths))
+        raise ConfigError(f"no file in {names} matches --glob {glob!r}; the default is '**/*'")
+    return sources
+
+
+def is_jsonl(file: Path) -> bool:
+    """Whether a file has one document a line."""
+    return file.name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _check(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise ConfigError("no input: name files or folders to build from")
+    seen: set[Path] = set()
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"input {path} does not exist")
+        if path.resolve() in seen:
+            raise ConfigError(f"input {path} is named twice; its documents would be repeated")
+        seen.add(path.resolve())
+
+
+def _walk(folder: Path, glob: str) -> list[Path]:
+    try:
+        found = [path for path in folder.glob(glob) if path.is_file()]
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"--glob {glob!r} is not a pattern inside the folder: {error}") from error
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)

@@ -1,0 +1,175 @@
+"""Write a dataset so that it is either whole or not there.
+
+Everything goes to `OUT.tmp-<pid>` beside OUT: token files as they come, the manifest last; files
+and folder are fsynced, then one rename makes the dataset. A build that is killed leaves only the
+temporary folder, which `open_dataset` refuses by name.
+Price: one pass; hashes are taken while writing, memory is 8 bytes a document of the open shard.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ringctx.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardInfo,
+    hash_file,
+    hash_sample,
+    new_hash,
+    offsets_name,
+    token_dtype,
+    tokens_name,
+)
+from ringctx.data.tokenizers import Tokenizer
+from ringctx.errors import ConfigError, DatasetError
+
+__all__ = ["DatasetWriter"]
+
+SHARD_BYTES = 2**30
+
+logger = logging.getLogger(__name__)
+
+
+class DatasetWriter:
+    """Context manager: `add` documents, then `finish`; without `finish` nothing remains."""
+
+    def __init__(
+        self, out: str | Path, *, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Prepare to write the dataset `out`, which must not exist.
+
+        Args:
+            out: the dataset folder to make; missing parents are made too.
+            tokenizer: gives vocabulary size, ids and names.
+            shard_bytes: a new shard starts after the `add` that reaches this size.
+
+        Raises:
+            ConfigError: if `out` exists.
+        """
+        self.out = Path(out)
+        self._refuse_existing()
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._shard_bytes = shard_bytes
+        self._folder = self.out.with_name(f"{self.out.name}.tmp-{os.getpid()}")
+        self._shards: list[ShardInfo] = []
+        self._file: BinaryIO | None = None
+        self._hash = new_hash()
+        self._lengths: list[NDArray[np.int64]] = []
+        self._shard_size = 0
+
+    def __enter__(self) -> Self:
+        """Make the temporary folder."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in sorted(self.out.parent.glob(f"{self.out.name}.tmp-*")):
+            logger.warning("%s is left from another build; delete it if none is running", stale)
+        try:
+            self._folder.mkdir()
+        except FileExistsError as error:
+            raise ConfigError(f"{self._folder} is left from another build: delete it") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove what was not finished."""
+        if self._file is not None:
+            self._file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Append documents.
+
+        Args:
+            tokens: `[n]`, the documents one after another, each with its end-of-document id.
+            lengths: int64 `[documents]`, tokens of each, all positive.
+        """
+        assert lengths.sum() == len(tokens) and (lengths > 0).all(), (len(tokens), lengths)
+        if not len(lengths):
+            return
+        if self._file is None:
+            self._file = (self._folder / tokens_name(len(self._shards))).open("wb")
+        payload = np.ascontiguousarray(tokens, dtype=self._dtype).data
+        self._file.write(payload)
+        self._hash.update(payload)
+        self._lengths.append(lengths)
+        self._shard_size += payload.nbytes
+        if self._shard_size >= self._shard_bytes:
+            self._close_shard()
+
+    def finish(self, *, built_from: dict[str, Any]) -> Manifest:
+        """Write the manifest and give the dataset its name.
+
+        Raises:
+            DatasetError: if no document was added.
+            ConfigError: if `out` has come to exist meanwhile.
+        """
+        self._close_shard()
+        if not self._shards:
+            raise DatasetError(f"no document is left for {self.out}: nothing was written")
+        manifest = Manifest(
+            dtype=self._dtype.name,
+            vocab_size=self._tokenizer.vocab_size,
+            end_id=self._tokenizer.end_id,
+            tokenizer=self._tokenizer.name,
+            tokenizer_hash=self._tokenizer.hash,
+            shards=tuple(self._shards),
+            built_from=built_from,
+        )
+        path = self._folder / MANIFEST_NAME
+        path.write_text(manifest.to_json())
+        _fsync(path)
+        _fsync(self._folder)
+        self._refuse_existing()
+        self._folder.rename(self.out)
+        _fsync(self.out.parent)
+        return manifest
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        shard = len(self._shards)
+        tokens, offsets = self._folder / tokens_name(shard), self._folder / offsets_name(shard)
+        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *self._lengths])
+        ends = np.cumsum(lengths)
+        np.save(offsets, ends)
+        for path in (tokens, offsets):
+            _fsync(path)
+        self._shards.append(
+            ShardInfo(
+                tokens=int(ends[-1]),
+                documents=len(ends) - 1,
+                bytes=self._shard_size,
+                tokens_hash=self._hash.hexdigest(),
+                tokens_sample=hash_sample(tokens),
+                offsets_hash=hash_file(offsets),
+            )
+        )
+        self._hash, self._lengths, self._shard_size = new_hash(), [], 0
+
+    def _refuse_existing(self) -> None:
+        if self.out.exists() or self.out.is_symlink():
+            raise ConfigError(
+                f"{self.out} exists already, and a build never overwrites: choose another --out, "
+                "or delete it yourself"
+            )
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,109 @@
+"""Which files there are, and which of them form one document."""
+
+from pathlib import Path
+
+import pytest
+
+from ringctx.data.sources import LineSource, TextSource, find_sources, parse_group_by
+from ringctx.errors import ConfigError
+
+FILES = ["top.py", "b/two.py", "b/one.py", "b/c/three.py", "b/c/d/four.py", "a/five.txt"]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in FILES:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "in"
+
+
+def found(tree: Path, *, glob: str = "**/*", group_by: str = "file") -> list[list[str]]:
+    """Files of each document, relative to the input."""
+    sources = find_sources([tree], glob=glob, group_by=parse_group_by(group_by))
+    return [
+        [file.relative_to(tree).as_posix() for file in source.files]
+        for source in sources
+        if isinstance(source, TextSource)
+    ]
+
+
+def test_every_file_is_a_document_in_sorted_order(tree: Path) -> None:
+    assert found(tree) == [[name] for name in sorted(FILES)]
+
+
+def test_glob_chooses_files(tree: Path) -> None:
+    assert found(tree, glob="**/*.txt") == [["a/five.txt"]]
+    assert found(tree, glob="*.py") == [["top.py"]]
+
+
+def test_dir_joins_the_files_of_each_folder(tree: Path) -> None:
+    assert found(tree, group_by="dir") == [
+        ["a/five.txt"],
+        ["b/c/d/four.py"],
+        ["b/c/three.py"],
+        ["b/one.py", "b/two.py"],
+        ["top.py"],
+    ]
+
+
+def test_dir_with_a_depth_joins_all_files_below_each_folder_of_that_depth(tree: Path) -> None:
+    assert found(tree, group_by="dir:1") == [
+        ["a/five.txt"],
+        ["b/c/d/four.py", "b/c/three.py", "b/one.py", "b/two.py"],
+        ["top.py"],
+    ]
+    assert found(tree, group_by="dir:2") == [
+        ["a/five.txt"],
+        ["b/c/d/four.py", "b/c/three.py"],
+        ["b/one.py", "b/two.py"],
+        ["top.py"],
+    ]
+    assert len(found(tree, group_by="dir:0")) == 1
+
+
+def test_jsonl_files_are_never_joined(tree: Path) -> None:
+    for name in ("b/x.jsonl", "b/y.jsonl.gz"):
+        (tree / name).write_text("")
+    sources = find_sources([tree], glob="b/*", group_by=parse_group_by("dir:0"))
+    assert sources == [
+        LineSource(tree / "b/x.jsonl"),
+        LineSource(tree / "b/y.jsonl.gz"),
+        TextSource((tree / "b/one.py", tree / "b/two.py")),
+    ]
+
+
+def test_files_can_be_named_directly_whatever_the_glob(tree: Path) -> None:
+    sources = find_sources(
+        [tree / "top.py", tree / "a"], glob="*.txt", group_by=parse_group_by("dir")
+    )
+    assert sources == [TextSource((tree / "top.py",)), TextSource((tree / "a/five.txt",))]
+
+
+@pytest.mark.parametrize("text", ["dirs", "dir:", "dir:-1", "dir:two", "", "files"])
+def test_rejects_unknown_groupings(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is none of: file, dir, dir:DEPTH"):
+        parse_group_by(text)
+
+
+def test_rejects_inputs_that_do_not_exist_or_come_twice(tree: Path) -> None:
+    by_file = parse_group_by("file")
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        find_sources([tree / "nowhere"], glob="*", group_by=by_file)
+    with pytest.raises(ConfigError, match="is named twice"):
+        find_sources([tree, tree / "a" / ".."], glob="*", group_by=by_file)
+    with pytest.raises(ConfigError, match="no input"):
+        find_sources([], glob="*", group_by=by_file)
+
+
+@pytest.mark.parametrize("glob", ["*.rst", "nowhere/**"])
+def test_rejects_a_pattern_that_nothing_matches(tree: Path, glob: str) -> None:
+    with pytest.raises(ConfigError, match="matches --glob"):
+        found(tree, glob=glob)
+
+
+@pytest.mark.parametrize("glob", ["", "/etc/*"])
+def test_rejects_a_pattern_that_is_none(tree: Path, glob: str) -> None:
+    with pytest.raises(ConfigError, match="not a pattern inside the folder"):
+        found(tree, glob=glob)
