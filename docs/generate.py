@@ -65,15 +65,15 @@ def configuration_page() -> str:
 
 
 def verified_page() -> str:
-    """What has been run where: one row a feature, one column a place, by the tests that prove it."""
+    """What has been run where: a row a feature, a column a place, by the tests that prove it."""
     proofs = _proofs()
     lines = [
         "# What has been run where",
         "",
         "<!-- Written by docs/generate.py from the `proves` marks of the tests. -->",
         "",
-        "A number counts the test functions that prove the feature there; the list below names them.",
-        "A dash means: not yet run there. Tests in the column GPU are written and skip without one:",
+        "A number counts the test functions that prove a feature there; the list below names them.",
+        "A dash: not yet run there. Tests in the column GPU are written and skip without one:",
         "**no CUDA code of this project has been run on hardware yet.**",
         "",
         "| feature | " + " | ".join(PLACES) + " |",

@@ -1,4 +1,4 @@
-"""Train for real in a few minutes: `make demo`, or `python examples/demo.py [section.key=value ...]`.
+"""Train for real in a few minutes: `make demo`.
 
 Builds a dataset from the Python sources on this machine, trains a byte-level transformer over two
 processes with sequences of 256 to 16,384 tokens, stops half-way and resumes, compares the layout
@@ -9,15 +9,17 @@ import subprocess
 import sys
 import sysconfig
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ringctx.config_file import load_config
 from ringctx.data import Dataset, open_dataset
 from ringctx.tracking import read_metrics
 
-CONFIG = "launch/configs/demo.yaml"
+CONFIG = str(files("ringctx.launch") / "configs" / "demo.yaml")
 DATASET = Path("datasets/python")
 RANKS = "2"
 
@@ -26,10 +28,11 @@ def main(overrides: list[str]) -> None:
     begin = time.monotonic()
     run_dir = free_folder(Path("runs/demo"))
     settings = [f"train.run_dir={run_dir}", *overrides]
+    half = (load_config(CONFIG, overrides).train.steps or 2) // 2
     build_dataset()
 
     heading("Train half-way over two processes: short sequences alone, long ones on a ring of two")
-    ringctx("train", "--nproc", RANKS, CONFIG, *settings, "train.stop_after=36")
+    ringctx("train", "--nproc", RANKS, CONFIG, *settings, f"train.stop_after={half}")
     heading("Go on from the checkpoint, as after an interruption")
     ringctx("train", "--nproc", RANKS, CONFIG, *settings)
     heading("Is the layout exact? One step of each length against one process")

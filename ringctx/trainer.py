@@ -90,7 +90,7 @@ class Trainer:
         self.engine = build_engine(config, world=world)
         self.parameters = list(self.engine.model.parameters())
         self.optimizer = make_optimizer(self.engine.model, config=config.optim)
-        if config.parallel.engine == "ddp":
+        if config.parallel.engine == "ddp" and run.plan.bucket_lens:
             self._settle_buckets()
 
     def fit(self) -> None:

@@ -34,7 +34,7 @@ def linear_cross_entropy_sum(
         A scalar in fp32 (float64 for float64 inputs).
     """
     size = hidden.shape[0] if chunk is None else chunk
-    loss: Tensor = _LinearCrossEntropySum.apply(hidden, weight, targets, max(size, 1))
+    loss: Tensor = _LinearCrossEntropySum.apply(hidden, weight, targets, max(size, 1))  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -63,7 +63,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
