@@ -2,6 +2,9 @@
 
 Thousands of cases in the time that real processes need for dozens. Autograd on the CPU runs
 backward in the calling thread, so every virtual rank has its own forward and backward.
+
+The exchange is as unkind as `comm` allows: a buffer is NaN from the moment it is posted, and what
+is sent is read only when the receiver waits. Whoever touches a buffer in flight computes garbage.
 """
 
 import queue
@@ -9,8 +12,9 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from ringctx.parallel.comm import LocalGroup, Pending, Transfer
@@ -20,6 +24,10 @@ __all__ = ["Mail", "VirtualGroup", "run_virtual"]
 _TIMEOUT_S = 30.0
 
 T = TypeVar("T")
+# None: another rank failed, nothing will come.
+Box = queue.SimpleQueue[Tensor | None]
+# What (data, or word that it was read), from, to, tag.
+Address = tuple[Literal["data", "read"], int, int, int]
 
 
 class _Aborted(RuntimeError):
@@ -28,20 +36,25 @@ class _Aborted(RuntimeError):
 
 @dataclass
 class Mail:
-    """Every message on its way, by (source, destination, tag)."""
+    """Every message on its way between the ranks of one group."""
 
-    boxes: defaultdict[tuple[int, int, int], "queue.SimpleQueue[Tensor | None]"] = field(
-        default_factory=lambda: defaultdict(queue.SimpleQueue)
-    )
+    boxes: defaultdict[Address, Box] = field(default_factory=lambda: defaultdict(queue.SimpleQueue))
     lock: threading.Lock = field(default_factory=threading.Lock)
     failed: bool = False
 
-    def box(self, source: int, destination: int, tag: int) -> "queue.SimpleQueue[Tensor | None]":
+    def put(self, address: Address, tensor: Tensor) -> None:
         with self.lock:
-            box = self.boxes[source, destination, tag]
+            self.boxes[address].put(tensor)
+
+    def get(self, address: Address) -> Tensor:
+        with self.lock:
+            box = self.boxes[address]
             if self.failed:
                 box.put(None)
-            return box
+        tensor = box.get(timeout=_TIMEOUT_S)
+        if tensor is None:
+            raise _Aborted
+        return tensor
 
     def abort(self) -> None:
         with self.lock:
@@ -52,16 +65,28 @@ class Mail:
 
 @dataclass
 class _Receive:
-    box: "queue.SimpleQueue[Tensor | None]"
-    into: Tensor
+    mail: Mail
+    source: int
+    rank: int
+    transfer: Transfer
 
     def wait(self) -> None:
-        message = self.box.get(timeout=_TIMEOUT_S)
-        if message is None:
-            raise _Aborted
-        assert message.shape == self.into.shape, (message.shape, self.into.shape)
-        assert message.dtype == self.into.dtype, (message.dtype, self.into.dtype)
-        self.into.copy_(message)
+        route, into = (self.source, self.rank, self.transfer.tag), self.transfer.tensor
+        sent = self.mail.get(("data", *route))
+        assert sent.shape == into.shape, (sent.shape, into.shape)
+        assert sent.dtype == into.dtype, (sent.dtype, into.dtype)
+        into.copy_(sent)
+        self.mail.put(("read", *route), into)
+
+
+@dataclass
+class _Send:
+    mail: Mail
+    rank: int
+    transfer: Transfer
+
+    def wait(self) -> None:
+        self.mail.get(("read", self.rank, self.transfer.peer, self.transfer.tag))
 
 
 @dataclass
@@ -79,10 +104,13 @@ class VirtualGroup:
         return self._size
 
     def start(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> Sequence[Pending]:
+        for recv in recvs:
+            recv.tensor.fill_(torch.nan)
         for send in sends:
-            self.mail.box(self._rank, send.peer, send.tag).put(send.tensor.detach().clone())
+            self.mail.put(("data", self._rank, send.peer, send.tag), send.tensor.detach())
         return [
-            _Receive(self.mail.box(recv.peer, self._rank, recv.tag), recv.tensor) for recv in recvs
+            *(_Receive(self.mail, recv.peer, self._rank, recv) for recv in recvs),
+            *(_Send(self.mail, self._rank, send) for send in sends),
         ]
 
 

@@ -1,0 +1,1 @@
+"""The maths of one device: no ranks, no process groups, no files."""

@@ -1,0 +1,203 @@
+"""Exchanges: refused when they could not work, waited for, counted; their order suits NCCL."""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringctx.errors import LayoutError
+from ringctx.parallel import ring_attention
+from ringctx.parallel.comm import (
+    Exchange,
+    Group,
+    Pending,
+    SoloGroup,
+    Transfer,
+    current_ledger,
+    exchange,
+    group_rank,
+    group_size,
+    record_into,
+    record_traffic,
+)
+from ringctx.parallel.layout import LAYOUTS
+from tests.ranks import run_ranks
+from tests.virtual_ranks import Mail, VirtualGroup, run_virtual
+
+
+def _swap(group: Group, value: float, tag: int = 0) -> Exchange:
+    """Two ranks exchange a number."""
+    peer = 1 - group_rank(group)
+    sent, received = torch.full((3,), value), torch.empty(3)
+    return exchange([Transfer(sent, peer, tag)], [Transfer(received, peer, tag)], group=group)
+
+
+def test_wait_returns_what_arrived_in_the_order_asked_for() -> None:
+    def body(group: Group) -> list[float]:
+        peer = 1 - group_rank(group)
+        sends = [Transfer(torch.full((1,), 10.0 * peer + tag), peer, tag) for tag in (0, 1, 2)]
+        recvs = [Transfer(torch.empty(1), peer, tag) for tag in (2, 0, 1)]
+        handle = exchange(sends, recvs, group=group)
+        first = [x.item() for x in handle.wait()]
+        assert first == [x.item() for x in handle.wait()]
+        return first
+
+    assert run_virtual(2, body) == [[2, 0, 1], [12, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("sends", "message"),
+    [
+        ([Transfer(torch.zeros(4, 4)[:, 0], 1, 0)], "4"),
+        ([Transfer(torch.zeros(1), 0, 0)], "rank 0 sends to itself"),
+        ([Transfer(torch.zeros(1), 2, 0)], "2, 2"),
+        ([Transfer(torch.zeros(1), 1, 5), Transfer(torch.zeros(2), 1, 5)], "two transfers share"),
+    ],
+    ids=["strided", "to itself", "no such peer", "same tag"],
+)
+def test_misuse_is_refused_before_anything_moves(sends: list[Transfer], message: str) -> None:
+    class Refuses(VirtualGroup):
+        def start(self, *_: Any) -> Sequence[Pending]:
+            raise ValueError("a transfer started")
+
+    group = Refuses(0, 2, Mail())
+    with pytest.raises(AssertionError, match=message):
+        exchange(sends, [], group=group)
+    with pytest.raises(AssertionError, match=message):
+        exchange([], sends, group=group)
+
+
+def test_solo_group_is_rank_0_of_1_and_needs_no_process_group() -> None:
+    assert (group_rank(SoloGroup()), group_size(SoloGroup())) == (0, 1)
+    assert exchange([], [], group=SoloGroup()).wait() == ()
+
+
+@pytest.mark.parametrize("ask", [group_rank, group_size])
+def test_a_missing_group_is_named(ask: Any) -> None:
+    with pytest.raises(LayoutError, match=r"group=None names no ranks.*SoloGroup"):
+        ask(None)
+    with pytest.raises(LayoutError, match="not a process group that this rank is in"):
+        ask(dist.GroupMember.NON_GROUP_MEMBER)
+
+
+def test_bytes_count_by_peer_and_only_inside_the_innermost_block() -> None:
+    def body(group: Group) -> None:
+        peer = 1 - group_rank(group)
+        _swap(group, 0.0).wait()
+        with record_traffic() as outer:
+            _swap(group, 0.0).wait()
+            with record_traffic() as inner:
+                _swap(group, 0.0).wait()
+                _swap(group, 0.0).wait()
+            with record_into(None):
+                _swap(group, 0.0).wait()
+        assert (outer.moved_bytes, inner.moved_bytes) == (12, 24)
+        assert inner.sent == inner.received == {peer: 24}
+        assert current_ledger() is None
+
+    run_virtual(2, body)
+
+
+def _wait_for_a_late_peer() -> float:
+    assert dist.group.WORLD is not None
+    with record_traffic() as ledger:
+        if dist.get_rank() == 1:
+            time.sleep(0.3)
+        _swap(dist.group.WORLD, 1.0).wait()
+    return ledger.exposed_s()
+
+
+def test_exposed_time_is_what_wait_took() -> None:
+    waited_s, punctual_s = run_ranks(2, _wait_for_a_late_peer)
+    assert waited_s > 0.2
+    assert punctual_s < waited_s
+
+
+def _posted_operations() -> list[tuple[str, int, int]]:
+    """What reaches torch.distributed on a group of global ranks 2 and 0."""
+    group = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        return []
+    posted: list[tuple[str, int, int]] = []
+    post = dist.batch_isend_irecv
+
+    def spy(operations: list[dist.P2POp]) -> list[dist.Work]:
+        assert all(x.peer is not None for x in operations)
+        posted.extend((x.op.__name__, x.peer, x.tag) for x in operations)
+        return post(operations)
+
+    peer = 1 - group_rank(group)
+    sends = [Transfer(torch.ones(2), peer, tag) for tag in (1, 0)]
+    recvs = [Transfer(torch.empty(2), peer, tag) for tag in (1, 0)]
+    with mock.patch.object(dist, "batch_isend_irecv", spy):
+        exchange(sends, recvs, group=group).wait()
+    return posted
+
+
+def test_one_batch_holds_receives_first_by_tag_with_global_peers() -> None:
+    first, _, third = run_ranks(3, _posted_operations)
+    assert first == [("irecv", 2, 0), ("irecv", 2, 1), ("isend", 2, 0), ("isend", 2, 1)]
+    assert third == [("irecv", 0, 0), ("irecv", 0, 1), ("isend", 0, 0), ("isend", 0, 1)]
+
+
+# Kind, peer, bytes.
+Operation = tuple[str, int, int]
+
+
+@dataclass
+class _Recorder(VirtualGroup):
+    """Notes each exchange as NCCL would see it: one batch, by tag, tags then forgotten."""
+
+    batches: list[list[Operation]] = field(default_factory=list)
+
+    def start(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> Sequence[Pending]:
+        operations = [("send", x) for x in sends] + [("recv", x) for x in recvs]
+        operations.sort(key=lambda operation: operation[1].tag)
+        if operations:
+            self.batches.append([(kind, x.peer, x.tensor.nbytes) for kind, x in operations])
+        return super().start(sends, recvs)
+
+
+def _replay(batches: list[list[list[Operation]]]) -> None:
+    """Run batches as NCCL does: one at a time on a rank, first in, first out between two ranks."""
+    world_size = len(batches)
+    done = [0] * world_size
+    while any(done[rank] < len(batches[rank]) for rank in range(world_size)):
+        current = [
+            batches[rank][done[rank]] if done[rank] < len(batches[rank]) else []
+            for rank in range(world_size)
+        ]
+        sent: defaultdict[tuple[int, int], deque[int]] = defaultdict(deque)
+        for rank, batch in enumerate(current):
+            for kind, peer, size in batch:
+                if kind == "send":
+                    sent[rank, peer].append(size)
+        for rank, batch in enumerate(current):
+            for kind, peer, size in batch:
+                if kind == "recv":
+                    assert sent[peer, rank], f"rank {rank} waits for {peer} in batch {done[rank]}"
+                    assert sent[peer, rank].popleft() == size
+        assert not any(sent.values()), "sent, and nobody receives"
+        done = [count + bool(batch) for count, batch in zip(done, current, strict=True)]
+
+
+@pytest.mark.proves("no deadlock under NCCL's first-in-first-out order", on="CPU")
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ring_attention_s_exchanges_pair_up_in_order(world_size: int, layout: str) -> None:
+    def body(group: Any) -> list[list[Operation]]:
+        recorder = _Recorder(group.rank(), group.size(), group.mail)
+        inputs = [torch.ones(1, 2, heads, 8, requires_grad=True) for heads in (2, 1, 1)]
+        ring_attention(*inputs, group=recorder, layout=layout).sum().backward()
+        return recorder.batches
+
+    batches = run_virtual(world_size, body)
+    # Forward: one exchange per hop; backward: one for K/V and one for their gradients.
+    assert all(len(rank) == 3 * (world_size - 1) for rank in batches)
+    _replay(batches)

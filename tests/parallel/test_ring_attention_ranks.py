@@ -1,0 +1,99 @@
+"""Ring attention between real processes: gloo, its tags, its subgroups, and torch.compile."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ringctx.parallel import ring_attention, shard, unshard
+from ringctx.parallel.comm import Group, record_traffic
+from tests.parallel.ring_cases import Case, RankResult, assert_matches_oracle, attend_on_rank
+from tests.ranks import run_ranks
+
+CASES = [
+    Case(world_size=world_size, layout=layout, causal=causal, batch=2, tokens=5)
+    for world_size, (layout, causal) in itertools.product(
+        (2, 3, 4, 8),
+        (("contiguous", True), ("zigzag", True), ("striped", True), ("zigzag", False)),
+    )
+] + [
+    Case(world_size=1),
+    Case(world_size=2, dtype=torch.float64, tokens=1, layout="striped"),
+    Case(world_size=3, dtype=torch.float64, heads=5, kv_heads=1, tokens=7, layout="contiguous"),
+    Case(world_size=2, dtype=torch.bfloat16, tokens=33, head_dim=16),
+    Case(world_size=4, dtype=torch.bfloat16, tokens=33, head_dim=16, layout="striped"),
+    # A megabyte a message: more than a socket holds.
+    Case(world_size=2, tokens=256, heads=2, kv_heads=2, head_dim=512),
+]
+
+
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def _attend(case: Case) -> RankResult:
+    return attend_on_rank(_world(), case)
+
+
+@pytest.mark.proves("ring attention one_way, forward and backward", on="CPU/gloo")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_float64_oracle_over_gloo(case: Case) -> None:
+    assert_matches_oracle(case, run_ranks(case.world_size, _attend, case))
+
+
+def _attend_in_pairs(case: Case) -> tuple[RankResult, dict[int, int]]:
+    # Ranks 0 and 3 share one sequence, 1 and 2 another; every rank makes every group.
+    pairs = [[0, 3], [1, 2]]
+    groups = [dist.new_group(pair) for pair in pairs]
+    mine = next(i for i, pair in enumerate(pairs) if dist.get_rank() in pair)
+    with record_traffic() as ledger:
+        result = attend_on_rank(groups[mine], case)
+    return result, dict(ledger.sent)
+
+
+def test_peers_count_within_the_group_and_bytes_by_global_rank() -> None:
+    case = Case(world_size=2)
+    results, sent = zip(*run_ranks(4, _attend_in_pairs, case), strict=True)
+    assert_matches_oracle(case, [results[0], results[3]])
+    assert_matches_oracle(case, [results[1], results[2]])
+    assert [list(peers) for peers in sent] == [[3], [2], [1], [0]]
+
+
+def _attend_compiled(case: Case) -> tuple[RankResult, RankResult]:
+    inputs = case.whole_inputs()
+    settings = {"rank": dist.get_rank(), "world_size": case.world_size, "layout": case.layout}
+    *leaves, grad_out = (shard(x, **settings) for x in inputs)  # type: ignore[arg-type]
+
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ring_attention(q * 2, k * 3, v.sin(), group=_world()).cos()
+
+    # The compiler warns about its own doings.
+    warnings.simplefilter("ignore")
+    results = []
+    for attend in (block, torch.compile(block, backend="aot_eager")):
+        qkv = [x.clone().requires_grad_() for x in leaves]
+        out = attend(*qkv)
+        results.append(RankResult(out.detach(), out, *torch.autograd.grad(out, qkv, grad_out)))
+    return results[0], results[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_block_around_it_gives_the_same_numbers() -> None:
+    for eager, compiled in run_ranks(2, _attend_compiled, Case(world_size=2)):
+        for name in ("out", "grad_q", "grad_k", "grad_v"):
+            torch.testing.assert_close(getattr(compiled, name), getattr(eager, name))
+
+
+def _unshard(layout: str) -> bool:
+    whole = torch.arange(2 * 24 * 3.0).reshape(2, 24, 3)
+    settings = {"rank": dist.get_rank(), "world_size": 3, "layout": layout}
+    group: Group = _world()
+    return torch.equal(unshard(shard(whole, **settings), group=group, layout=layout), whole)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_unshard_rebuilds_the_whole_over_gloo(layout: str) -> None:
+    assert all(run_ranks(3, _unshard, layout))
