@@ -29,6 +29,7 @@ def _oracle(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, *, causal: bool) 
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, grad_out.double())]
 
 
+@pytest.mark.proves("block attention kernels, forward and backward", on="CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize(
     ("tokens", "keys", "causal"),

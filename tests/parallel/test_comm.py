@@ -187,7 +187,7 @@ def _replay(batches: list[list[list[Operation]]]) -> None:
         done = [count + bool(batch) for count, batch in zip(done, current, strict=True)]
 
 
-@pytest.mark.proves("no deadlock under NCCL's first-in-first-out order", on="CPU")
+@pytest.mark.proves("ring attention: no deadlock in NCCL's order", on="CPU")
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ring_attention_s_exchanges_pair_up_in_order(world_size: int, layout: str) -> None:

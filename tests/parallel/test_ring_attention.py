@@ -165,7 +165,7 @@ def test_never_holds_a_matrix_of_scores_or_mask(layout: str) -> None:
     assert max(run_virtual(2, body)) <= case.local_len * case.head_dim
 
 
-@pytest.mark.proves("bytes moved equal the formulas", on="CPU")
+@pytest.mark.proves("ring attention: bytes moved equal the formulas", on="CPU")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize(
     ("dtype", "element", "accumulator"),
