@@ -3,11 +3,10 @@
 from ringctx.data.check import check_dataset
 from ringctx.data.documents import Dataset, open_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
-from ringctx.data.loader import IGNORE_INDEX, Loader, Microbatch, RowShard
+from ringctx.data.loader import Loader, Microbatch, RowShard
 from ringctx.data.plan import Plan, PlanSummary, Step
 
 __all__ = [
-    "IGNORE_INDEX",
     "BuildReport",
     "Dataset",
     "Loader",

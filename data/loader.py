@@ -18,11 +18,9 @@ from numpy.typing import NDArray
 from ringctx.data.documents import Documents
 from ringctx.data.plan import Plan, Step
 from ringctx.errors import DatasetError
+from ringctx.ops.losses import IGNORE_INDEX
 
-__all__ = ["IGNORE_INDEX", "Loader", "Microbatch", "RowShard"]
-
-IGNORE_INDEX = -100
-"""The target of a token that has no next token; losses skip it."""
+__all__ = ["Loader", "Microbatch", "RowShard"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

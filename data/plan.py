@@ -154,6 +154,10 @@ class Plan:
         digest.update(self._order().tobytes())
         return digest.hexdigest()
 
+    def bucket_len(self, step: int) -> int:
+        """The sequence length of a step, without looking up its sequences."""
+        return self._bucket_lens[self._schedule.bucket(step)]
+
     def step(self, step: int) -> Step:
         """The sequences of a step, first_step <= step < len(plan)."""
         if not self.first_step <= step < len(self):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ringctx import config as config_module
-from ringctx.config import Config
+from ringctx.config_file import sections
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (
@@ -54,7 +54,7 @@ def configuration_page() -> str:
         "Sizes are tokens and may be written `128k` or `0.5M` (powers of 1024). Off is `null`.",
         "`ringctx config show CONFIG` prints a config with everything filled in.",
     ]
-    for name, section in Config.SECTIONS.items():
+    for name, section in sections().items():
         lines += ["", f"## {name}", "", str(section.__doc__), ""]
         lines += ["| key | default | meaning |", "|---|---|---|"]
         for field in dataclasses.fields(section):

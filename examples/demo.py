@@ -24,11 +24,11 @@ DATASET = Path("datasets/python")
 RANKS = "2"
 
 
-def main(overrides: list[str]) -> None:
+def main(overrides: list[str]) -> int:
     begin = time.monotonic()
-    run_dir = free_folder(Path("runs/demo"))
-    settings = [f"train.run_dir={run_dir}", *overrides]
-    half = (load_config(CONFIG, overrides).train.steps or 2) // 2
+    settings = [f"train.run_dir={free_folder(Path('runs/demo'))}", *overrides]
+    config = load_config(CONFIG, settings)
+    run_dir, half = Path(config.train.run_dir), max(1, (config.train.steps or 2) // 2)
     build_dataset()
 
     heading("Train half-way over two processes: short sequences alone, long ones on a ring of two")
@@ -39,7 +39,7 @@ def main(overrides: list[str]) -> None:
     ringctx("verify", "--nproc", RANKS, CONFIG, *settings)
     heading("Pictures of the run")
     ringctx("plot", str(run_dir))
-    conclude(run_dir, seconds=time.monotonic() - begin)
+    return conclude(run_dir, seconds=time.monotonic() - begin)
 
 
 def build_dataset() -> None:
@@ -92,15 +92,16 @@ def unigram_entropy(dataset: Dataset) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def conclude(run_dir: Path, *, seconds: float) -> None:
+def conclude(run_dir: Path, *, seconds: float) -> int:
+    """Say what came out; 1 if the model learnt no more than how frequent each byte is."""
     records = read_metrics(run_dir)
-    final = [record["loss"] for record in records[-8:]]
+    last = [record["loss"] for record in records[-8:]]
+    final, unigram = sum(last) / len(last), unigram_entropy(open_dataset(DATASET))
     ring = [record for record in records if record["cp_degree"] > 1]
     heading(f"Done in {seconds / 60:.1f} minutes")
     print(
-        f"loss {records[0]['loss']:.2f} -> {sum(final) / len(final):.2f} nats per byte (mean of "
-        f"the last {len(final)} steps); unigram entropy of the data: "
-        f"{unigram_entropy(open_dataset(DATASET)):.2f}\n"
+        f"loss {records[0]['loss']:.2f} -> {final:.2f} nats per byte (mean of the last "
+        f"{len(last)} steps); unigram entropy of the data: {unigram:.2f}\n"
         f"{len(ring)} of {len(records)} steps ran on a ring and moved "
         f"{sum(record['moved_bytes'] for record in ring) / 2**20:,.0f} MiB between the ranks\n"
         f"metrics: {run_dir}/metrics.jsonl   pictures: {run_dir}/report/\n"
@@ -111,7 +112,8 @@ def conclude(run_dir: Path, *, seconds: float) -> None:
         "parallel.tokens_per_rank=4k\n"
         f"  .venv/bin/ringctx config show {CONFIG}"
     )
+    return 0 if final < 0.9 * unigram else 1
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ringctx.config_file import config_to_yaml, load_config
 from ringctx.launch.data_commands import add_data_commands
+from ringctx.launch.entry import exit_code
 from ringctx.launch.plot import plot_run
 from ringctx.launch.torchrun import local_ranks, torchrun
-from ringctx.launch.train import exit_code
 from ringctx.run_plan import make_run_plan
 
 __all__ = ["main"]
@@ -75,8 +75,11 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _on_ranks(module: str, given: argparse.Namespace) -> int:
     nproc = local_ranks(given.nproc)
-    # Mistakes are found here, once, before any rank is started.
-    make_run_plan(load_config(given.config, given.overrides), world_size=nproc)
+    # Mistakes are found here, once, before any rank is started. What a checkpoint says as well is
+    # looked at by the ranks.
+    config = load_config(given.config, given.overrides)
+    if not (Path(config.train.run_dir) / "checkpoints").exists():
+        make_run_plan(config, world_size=nproc)
     return torchrun(module, [given.config, *given.overrides], nproc=nproc)
 
 

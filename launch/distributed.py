@@ -31,11 +31,12 @@ def world_size() -> int:
 
 
 @contextmanager
-def world_group(device: str) -> Iterator[World]:
+def world_group(device: str, *, timeout: timedelta) -> Iterator[World]:
     """Start the process group of all ranks and end it.
 
     Args:
         device: `auto | cpu | cuda`; auto is cuda where there is one.
+        timeout: of a collective.
 
     Raises:
         ConfigError: if cuda is asked for and there is none.
@@ -50,7 +51,7 @@ def world_group(device: str) -> Iterator[World]:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     dist.init_process_group(
         "cuda:nccl,cpu:gloo" if on_cuda else "gloo",
-        timeout=timedelta(minutes=10),
+        timeout=timeout,
         device_id=local,
         # Without torchrun there is no address to meet at, and nobody to meet.
         store=None if "RANK" in os.environ else dist.HashStore(),  # type: ignore[attr-defined]
@@ -64,9 +65,9 @@ def world_group(device: str) -> Iterator[World]:
             dist.barrier()
         yield world
         _leave_together(on_cuda)
-    except RingctxError:
-        # Every rank is here: a user's mistake is found on all ranks or none.
-        _leave_together(on_cuda)
+    except RingctxError as error:
+        if error.on_all_ranks:
+            _leave_together(on_cuda)
         raise
     finally:
         dist.destroy_process_group()
@@ -81,7 +82,7 @@ def _leave_together(on_cuda: bool) -> None:
 
 
 def log_to_console() -> None:
-    """Send log lines to standard error: everything of rank 0, warnings of the others."""
+    """Send log lines to standard error: everything of rank 0, errors of the others."""
     rank = global_rank()
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -93,9 +94,16 @@ def log_to_console() -> None:
 
 
 def log_to_file(run_dir: Path) -> None:
-    """Also write this rank's log lines to RUN_DIR/logs/rank-<n>.log, appended on resume."""
+    """Also write this rank's log lines to RUN_DIR/logs/rank-<n>.log, appended on resume.
+
+    Raises:
+        ConfigError: if the folder cannot be written to.
+    """
     folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{global_rank()}.log")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / f"rank-{global_rank()}.log")
+    except OSError as error:
+        raise ConfigError(f"train.run_dir={run_dir} cannot be written to: {error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("ringctx").addHandler(handler)

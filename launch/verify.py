@@ -7,6 +7,7 @@ ranks together, against the model in one piece on rank 0. Writes nothing.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -14,18 +15,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringctx.config import Config
-from ringctx.config_file import load_config
 from ringctx.data import Loader, RowShard
-from ringctx.errors import ConfigError, RingctxError
-from ringctx.launch.distributed import log_to_console, world_group
-from ringctx.launch.train import exit_code
-from ringctx.model import Transformer, initialise
-from ringctx.parallel.agreement import together
+from ringctx.errors import ConfigError
+from ringctx.launch.entry import run_on_rank
+from ringctx.model import Transformer
+from ringctx.parallel.agreement import agree
 from ringctx.parallel.comm import SoloGroup
 from ringctx.parallel.mesh import ContextMesh, Mesh, StepLayout, World
 from ringctx.parallel.model_states import Engine, whole
 from ringctx.run_plan import RunPlan, make_run_plan
-from ringctx.trainer import DTYPES, accumulate_gradients, build_engine, row_shard
+from ringctx.trainer import (
+    accumulate_gradients,
+    build_engine,
+    build_model,
+    row_shard,
+    starting_value,
+)
 
 __all__ = ["Comparison", "compare", "main"]
 
@@ -55,33 +60,27 @@ class Comparison:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of one rank; 0 if equal, 1 if not, 2 if the config is wrong."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_code(lambda: _verify(given))
+    given = sys.argv[1:] if arguments is None else arguments
+    # The other ranks wait while rank 0 computes a whole step alone.
+    return run_on_rank(given, _verify, timeout=timedelta(hours=6))
 
 
-def _verify(arguments: Sequence[str]) -> int:
-    if not arguments:
-        raise ConfigError("no config given: ringctx.launch.verify CONFIG.yaml [key=value ...]")
-    config = load_config(arguments[0], arguments[1:])
-    log_to_console()
+def _verify(config: Config, world: World) -> int:
     worst = 0.0
     tolerance = TOLERANCES[config.train.dtype]
-    with world_group(config.train.device) as world:
-        plans = together(
-            lambda: make_run_plan(config, world_size=world.size), failures=(RingctxError, OSError)
-        )
-        for result in compare(plans[world.rank], world=world):
-            # A gradient that is not a number must not pass.
-            parts = (result.largest, result.loss_difference)
-            worst = max(worst, *(part if part == part else float("inf") for part in parts))
-            if world.rank == 0:
-                sys.stdout.write(_line(result) + "\n")
+    run = agree(lambda: make_run_plan(config, world_size=world.size), error=ConfigError)
+    for result in compare(run, world=world):
+        # A gradient that is not a number must not pass.
+        parts = (result.largest, result.loss_difference)
+        worst = max(worst, *(part if part == part else float("inf") for part in parts))
         if world.rank == 0:
-            verdict = "equal to one process" if worst <= tolerance else "NOT equal to one process"
-            sys.stdout.write(
-                f"{verdict}: largest difference {worst:.1e}, tolerance {tolerance:.0e} "
-                f"({config.train.dtype}, {world.size} ranks, {config.parallel.engine})\n"
-            )
+            sys.stdout.write(_line(result) + "\n")
+    if world.rank == 0:
+        verdict = "equal to one process" if worst <= tolerance else "NOT equal to one process"
+        sys.stdout.write(
+            f"{verdict}: largest difference {worst:.1e}, tolerance {tolerance:.0e} "
+            f"({config.train.dtype}, {world.size} ranks, {config.parallel.engine})\n"
+        )
     return 0 if worst <= tolerance else 1
 
 
@@ -96,7 +95,7 @@ def compare(run: RunPlan, *, world: World) -> Iterator[Comparison]:
         One comparison a length, the same on all ranks.
     """
     mesh = Mesh(run.plan.bucket_lens, world=world, parallel=run.config.parallel)
-    engine = build_engine(run.config, world=world)
+    engine = build_engine(run.config, world=world, start=_starting_value)
     loader = Loader(
         run.dataset, run.plan, shard_for=lambda n: row_shard(mesh.for_length(n), bucket_len=n)
     )
@@ -111,7 +110,7 @@ def compare(run: RunPlan, *, world: World) -> Iterator[Comparison]:
             num_targets=num_targets,
         )
         dist.all_reduce(loss_sum)
-        grads = _whole_gradients(engine)
+        grads = _whole_gradients(engine, keep=world.rank == 0)
         engine.model.zero_grad()
         answer: list[Comparison | None] = [None]
         if world.rank == 0:
@@ -134,18 +133,21 @@ def _first_steps(run: RunPlan) -> list[int]:
     """The first step of each sequence length of the run."""
     first: dict[int, int] = {}
     for step in range(run.num_steps):
-        first.setdefault(run.plan.step(step).bucket_len, step)
+        first.setdefault(run.plan.bucket_len(step), step)
         if len(first) == len(run.plan.bucket_lens):
             break
     return [first[length] for length in sorted(first)]
 
 
-def _whole_gradients(engine: Engine) -> dict[str, Tensor]:
+def _whole_gradients(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
+    """Every rank takes part, one parameter at a time; those that do not keep get none."""
     gradients = {}
     for name, parameter in engine.model.named_parameters():
         assert parameter.grad is not None, name
-        # DDP puts the model one level down.
-        gradients[name.removeprefix("module.")] = whole(parameter.grad).float()
+        gradient = whole(parameter.grad).float()
+        if keep:
+            # DDP puts the model one level down.
+            gradients[name.removeprefix("module.")] = gradient
     return gradients
 
 
@@ -178,14 +180,21 @@ def _one_process(
 
 
 def _whole_model(config: Config) -> Transformer:
-    model = Transformer(
-        config.model, dtype=DTYPES[config.train.dtype], loss_chunk=config.train.loss_chunk
-    )
+    model = build_model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = initialise(name, parameter.shape, config=config.model, seed=config.train.seed)
-            parameter.copy_(value)
+            parameter.copy_(_starting_value(name, parameter.shape, config=config))
     return model
+
+
+def _starting_value(name: str, shape: torch.Size, *, config: Config) -> Tensor:
+    """As a run starts, but no gain is 1: a gain that is lost or rounded must show."""
+    value = starting_value(name, shape, config=config)
+    if len(shape) > 1:
+        return value
+    # Normal with deviation 0.1.
+    noise = 5 * starting_value(name, torch.Size((*shape, 1)), config=config)
+    return value + noise.squeeze(-1)
 
 
 def _largest_difference(

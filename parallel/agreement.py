@@ -4,72 +4,110 @@ Used where a rank may fail by itself (a disk, a file, another version of the cod
 training step. Price: one all-gather of a small object.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["require_equal", "together"]
+from ringctx.errors import RingctxError
+
+__all__ = ["agree", "agree_on_first", "require_equal"]
 
 T = TypeVar("T")
 
 
-def together(
-    act: Callable[[], T],
-    *,
-    failures: tuple[type[Exception], ...],
-    only_first: bool = False,
-) -> list[T]:
-    """Run on every rank, or on the first alone, and let all ranks fail where one does.
+def agree(act: Callable[[], T], *, error: type[RingctxError]) -> T:
+    """Run on every rank, and let all ranks fail where one does.
 
     Args:
-        act: what to run.
-        failures: the errors to share. Another error is a bug: it ends its own rank at once.
-        only_first: run on rank 0 only; the others wait for it.
+        act: what to run. Of what it raises, RingctxError and OSError are shared; another error is
+            a bug and ends its own rank at once.
+        error: the type to raise for an OSError.
 
     Returns:
-        The results of the ranks that ran it, by rank.
+        This rank's own result; it does not travel.
 
     Raises:
-        Exception: the first failing rank's own error type, with the messages of all that failed.
+        RingctxError: on every rank, of the type that the first failing rank raised, with the
+            messages of all that failed.
     """
-    runs = not only_first or dist.get_rank() == 0
-    result: T | None = None
-    failure: Exception | None = None
-    try:
-        result = act() if runs else None
-    except failures as error:
-        failure = error
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (runs, result, _portable(failure)))
-    failed = {rank: entry[2] for rank, entry in enumerate(everyone) if entry[2]}
-    if failed:
-        raise _joined(failed) from failure
-    return [entry[1] for entry in everyone if entry[0]]
+    result, failure = _try(act, error)
+    _share(failure, num_asked=dist.get_world_size())
+    assert not isinstance(result, _Nothing)
+    return result
 
 
-def require_equal(value: str, *, what: str, error: type[Exception]) -> None:
-    """Raise on all ranks unless all pass the same value.
+def agree_on_first(act: Callable[[], T], *, error: type[RingctxError]) -> T:
+    """Run on rank 0 alone; every rank gets its result, or its failure.
 
     Args:
-        value: short, for example a hash.
-        what: names the value in the message.
+        act: as in `agree`; its result must be picklable and small.
+        error: as in `agree`.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        RingctxError: on every rank, if rank 0 failed.
+    """
+    result, failure = _try(act, error) if dist.get_rank() == 0 else (_Nothing(), None)
+    _share(failure, num_asked=1)
+    answer: list[Any] = [result]
+    dist.broadcast_object_list(answer, src=0)
+    first: T = answer[0]
+    return first
+
+
+def require_equal(values: Mapping[str, Any], *, error: type[RingctxError]) -> None:
+    """Raise on all ranks unless all pass the same values.
+
+    Args:
+        values: small and picklable, by name; the same names on every rank.
         error: the type to raise.
     """
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    if len(set(everyone)) > 1:
-        listing = "; ".join(f"rank {rank}: {seen}" for rank, seen in enumerate(everyone))
-        raise error(f"the ranks do not agree on {what}: {listing}")
+    dist.all_gather_object(everyone, dict(values))
+    differing = [
+        f"{name}: "
+        + ", ".join(f"rank {rank} has {seen[name]}" for rank, seen in enumerate(everyone))
+        for name in values
+        if any(seen[name] != everyone[0][name] for seen in everyone)
+    ]
+    if differing:
+        raise _everywhere(error("the ranks do not agree:\n" + "\n".join(differing)))
 
 
-def _portable(failure: Exception | None) -> tuple[type[Exception], str] | None:
-    return None if failure is None else (type(failure), str(failure))
+class _Nothing:
+    """No result."""
 
 
-def _joined(failed: dict[int, tuple[type[Exception], str]]) -> Exception:
+def _try(
+    act: Callable[[], T], error: type[RingctxError]
+) -> tuple[T | _Nothing, RingctxError | None]:
+    try:
+        return act(), None
+    except RingctxError as failure:
+        return _Nothing(), failure
+    except OSError as failure:
+        return _Nothing(), error(str(failure))
+
+
+def _share(failure: RingctxError | None, *, num_asked: int) -> None:
+    """Raise on all ranks if any passes a failure; ranks are named unless all asked say the same."""
+    own = None if failure is None else (type(failure), str(failure))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    failed = {rank: entry for rank, entry in enumerate(everyone) if entry}
+    if not failed:
+        return
     kind = next(iter(failed.values()))[0]
     messages = {message for _, message in failed.values()}
-    if len(messages) == 1 and len(failed) == dist.get_world_size():
-        return kind(messages.pop())
-    return kind("\n".join(f"rank {rank}: {message}" for rank, (_, message) in failed.items()))
+    if len(messages) == 1 and len(failed) == num_asked:
+        raise _everywhere(kind(messages.pop())) from failure
+    lines = [f"rank {rank}: {message}" for rank, (_, message) in failed.items()]
+    raise _everywhere(kind("\n".join(lines))) from failure
+
+
+def _everywhere(error: RingctxError) -> RingctxError:
+    error.on_all_ranks = True
+    return error

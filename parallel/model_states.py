@@ -4,12 +4,13 @@ An engine holds the model. Both average gradients over all ranks, so a loss of
 `sum_local * world / targets_global` gives the gradient of the mean token loss of the whole step
 under any mix of data and context parallelism.
 fsdp2: every rank keeps 1/world of weights, gradients and optimizer states; weights are gathered a
-layer at a time. ddp: every rank keeps all of them; gradients are averaged once a step.
+layer at a time, gradients reduced in every microbatch. ddp: every rank keeps all of them; gradients
+are averaged once a step.
 Source: ZeRO (arXiv 1910.02054); torch's `fully_shard` and `DistributedDataParallel`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
 import torch
@@ -34,12 +35,12 @@ class Engine(Protocol):
         """Called as the model itself."""
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one microbatch; gradients are averaged in the last."""
+        """Around forward and backward of a microbatch; averaged gradients exist after the last."""
         ...
 
 
 class ShardedEngine:
-    """FSDP2 over the flat world."""
+    """FSDP2 over the flat world; a rank never holds more than a layer's whole weights."""
 
     def __init__(self, model: nn.Module, *, world: World, dtype: torch.dtype) -> None:
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -47,28 +48,30 @@ class ShardedEngine:
         precision = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        for layer in _layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        units = [*_layers(model), model]
+        for unit in units:
+            gains = _modules_of_vectors(unit)
+            if gains and dtype != torch.float32:
+                # Rounded to bf16, a gain near 1 would move in steps of 0.8 %.
+                fully_shard(gains, mesh=mesh, reshard_after_forward=False)
+            fully_shard(unit, mesh=mesh, mp_policy=precision)
         self._model = model
-        self._shards: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=precision)
 
     @property
     def model(self) -> nn.Module:
         """The sharded model."""
         return self._model
 
-    @contextmanager
-    def microbatch(self, *, last: bool) -> Iterator[None]:
-        """Reduce-scatter gradients only in the last microbatch."""
-        self._shards.set_requires_gradient_sync(last)
-        yield
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Nothing to do: each microbatch reduces into the shards, so no whole gradient is kept."""
+        return nullcontext()
 
 
 class ReplicatedEngine:
     """DDP over the flat world."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = DistributedDataParallel(model)
+        self._model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     @property
     def model(self) -> nn.Module:
@@ -122,6 +125,17 @@ def clip_gradients(parameters: list[nn.Parameter], *, max_norm: float | None) ->
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor behind a shard (a collective), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _modules_of_vectors(unit: nn.Module) -> list[nn.Module]:
+    """Modules in a unit whose own parameters are all vectors and not yet in another group."""
+    return [
+        module
+        for module in unit.modules()
+        if not isinstance(module, FSDPModule)
+        and (own := list(module.parameters(recurse=False)))
+        and all(parameter.ndim == 1 and not isinstance(parameter, DTensor) for parameter in own)
+    ]
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

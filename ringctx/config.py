@@ -7,7 +7,7 @@ what depends on the dataset or the number of ranks is checked where that is know
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from ringctx.errors import ConfigError
 
@@ -368,22 +368,11 @@ class TrackingConfig:
 class Config:
     """One run."""
 
-    data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    SECTIONS: ClassVar[dict[str, type[Any]]] = {
-        "model": ModelConfig,
-        "data": DataConfig,
-        "curriculum": CurriculumConfig,
-        "parallel": ParallelConfig,
-        "optim": OptimConfig,
-        "train": TrainConfig,
-        "checkpoint": CheckpointConfig,
-        "tracking": TrackingConfig,
-    }

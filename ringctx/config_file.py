@@ -6,10 +6,11 @@ OmegaConf parses and checks types; this thin layer adds sizes (`128k`, `0.5M`: p
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,7 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 from ringctx.config import Config
 from ringctx.errors import ConfigError
 
-__all__ = ["build_section", "config_to_dict", "config_to_yaml", "load_config", "parse_size"]
+__all__ = [
+    "build_section",
+    "config_to_dict",
+    "config_to_yaml",
+    "load_config",
+    "parse_size",
+    "sections",
+]
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)", re.IGNORECASE)
@@ -50,6 +58,9 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
         if key not in known:
             problems.append(_unknown(f"{name}.{key}", key, known))
             continue
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{name}.{key}={value} must be a finite number")
+            continue
         try:
             OmegaConf.update(node, key, _with_unit(node, key, value))
         except OmegaConfBaseException as error:
@@ -70,23 +81,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming every setting that is unknown, of a wrong type or out of range.
     """
-    raw = _read(path, overrides)
-    problems = [
-        _unknown(key, key, list(Config.SECTIONS)) for key in raw if key not in Config.SECTIONS
-    ]
-    sections: dict[str, Any] = {}
-    for name, section in Config.SECTIONS.items():
-        values = raw.get(name) or {}
+    raw, classes = _read(path, overrides), sections()
+    known = list(classes)
+    problems = [_unknown(key, key, known) for key in raw if key not in known]
+    built: dict[str, Any] = {}
+    for name, section in classes.items():
+        values = raw[name] if raw.get(name) is not None else {}
         if not isinstance(values, Mapping):
             problems.append(f"{name}={values!r} must be a section with keys of its own")
             continue
         try:
-            sections[name] = build_section(section, values, name=name)
+            built[name] = build_section(section, values, name=name)
         except ConfigError as error:
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
-    return Config(**sections)
+    return Config(**built)
+
+
+def sections() -> dict[str, type[Any]]:
+    """The dataclass of each section, by name, in the order of the tree."""
+    return get_type_hints(Config)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -125,7 +140,7 @@ def _with_unit(node: Any, key: str, value: Any) -> Any:
     hint = str(node._metadata.object_type.__annotations__[key])
     if "int" not in hint:
         return value
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         return int(value)
     is_size = isinstance(value, str) and _SIZE.fullmatch(value.strip().replace("_", ""))
     return parse_size(value) if is_size else value

@@ -1,7 +1,4 @@
-"""The errors that a user can cause; each message names setting, value, rule and a way out.
-
-Every rank raises one of these at the same point, or none does.
-"""
+"""The errors that a user can cause; each message names setting, value, rule and a way out."""
 
 __all__ = [
     "CheckpointError",
@@ -15,6 +12,9 @@ __all__ = [
 
 class RingctxError(Exception):
     """Any error of this library that a user can mend."""
+
+    on_all_ranks = False
+    """Whether every rank raises it at the same point, so that one of them may speak for all."""
 
 
 class ConfigError(RingctxError, ValueError):

@@ -1,7 +1,7 @@
-"""What a run will do, worked out before any device or rank is touched.
+"""What a run will do, worked out before any weight is made.
 
-Pure: the same on every rank from config, files and world size. Everything that a user can get
-wrong between config, dataset and world is found here.
+Pure: the same on every rank from config, files, world size and a checkpoint's counters. Everything
+that a user can get wrong between config, dataset and world is found here.
 """
 
 import dataclasses
@@ -12,24 +12,26 @@ from typing import Any
 
 from ringctx.config import Config
 from ringctx.config_file import config_to_dict
-from ringctx.data import Plan, open_dataset
-from ringctx.data.documents import Dataset
+from ringctx.data import Dataset, Plan, open_dataset
 from ringctx.errors import CheckpointError, ConfigError
 from ringctx.parallel.mesh import StepLayout, step_layouts
 
-__all__ = ["RunPlan", "changed_fields", "layout_table", "make_run_plan"]
+__all__ = ["RunPlan", "changed_fields", "fields_to_agree_on", "layout_table", "make_run_plan"]
 
 # A resumed run with another value of these would not be the same model on the same data. What may
 # change in the curriculum, the plan decides: it knows what its state can follow.
 _FIXED = ("model.", "train.seed")
 _WARNED = ("optim.", "train.dtype", "train.steps", "curriculum.tokens_per_step")
+# Where things lie may differ between nodes.
+_PLACES = ("data.path", "train.run_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """Config with nothing left open, dataset, and the steps to take."""
+    """Config, dataset, and the steps to take."""
 
     config: Config
+    """As the user gave it, with the vocabulary filled in."""
     dataset: Dataset
     plan: Plan
     layouts: dict[int, StepLayout]
@@ -52,31 +54,17 @@ def make_run_plan(
         ConfigError: if dataset, plan and world do not fit.
         DatasetError: if the dataset is damaged.
     """
-    if config.tracking.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"tracking.wandb={config.tracking.wandb} needs wandb: pip install 'ringctx[wandb]', or "
-            "set it to null"
-        )
+    _check_wandb(config)
     dataset = open_dataset(config.data.path)
-    model = config.model
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=dataset.vocab_size)
-    elif model.vocab_size < dataset.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={model.vocab_size:,} is smaller than the {dataset.vocab_size:,} ids "
-            f"of {config.data.path}; set model.vocab_size to null or at least to that"
-        )
+    config = _with_vocabulary(config, dataset)
     plan = Plan(dataset, config.curriculum, seed=config.train.seed, state=state)
     layouts = step_layouts(plan.bucket_lens, world_size=world_size, parallel=config.parallel)
-    num_steps = len(plan) if config.train.steps is None else config.train.steps
+    num_steps = config.train.steps or len(plan)
     if num_steps > len(plan):
         raise ConfigError(
             f"train.steps={num_steps:,} is more than the {len(plan):,} steps of the plan; lower "
             "it, or set curriculum.total_tokens to repeat the data"
         )
-    config = dataclasses.replace(
-        config, model=model, train=dataclasses.replace(config.train, steps=num_steps)
-    )
     return RunPlan(config=config, dataset=dataset, plan=plan, layouts=layouts, num_steps=num_steps)
 
 
@@ -85,7 +73,7 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
 
     Args:
         before: the config that a checkpoint holds.
-        config: of this run.
+        config: of this run, as read from the YAML.
 
     Returns:
         `section.key: old -> new`, for a warning.
@@ -93,12 +81,14 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
     Raises:
         CheckpointError: if a setting differs that a resume cannot change.
     """
-    now = config_to_dict(config)
+    then, now = _flat(before), _flat(config_to_dict(config))
+    if now["model.vocab_size"] is None:
+        # Follows from the dataset, which the plan's state checks.
+        del now["model.vocab_size"]
     lines = {
-        f"{section}.{key}": f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}"
-        for section, values in now.items()
-        for key, value in values.items()
-        if _plain(before.get(section, {}).get(key)) != _plain(value)
+        name: f"{name}: {then.get(name)} -> {value}"
+        for name, value in now.items()
+        if then.get(name) != value
     }
     refused = [line for name, line in lines.items() if name.startswith(_FIXED)]
     if refused:
@@ -110,21 +100,64 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
     return [line for name, line in lines.items() if name.startswith(_WARNED)]
 
 
+def fields_to_agree_on(run: RunPlan) -> dict[str, Any]:
+    """What must be the same on every rank, by name."""
+    fields = _flat(config_to_dict(run.config))
+    same = {name: value for name, value in fields.items() if name not in _PLACES}
+    return {"dataset": run.dataset.fingerprint, **same, "plan": run.plan.hash}
+
+
 def layout_table(run: RunPlan) -> list[str]:
     """One line a sequence length: how its rows are spread, and what the plan leaves out."""
-    rows = []
+    lines = []
     for length in sorted(run.layouts):
         layout = run.layouts[length]
         per_step = run.config.curriculum.tokens_per_step // length
         empty = layout.rows_without_targets(per_step)
-        rows.append(
+        lines.append(
             f"len {length:>9,}: {per_step:>6,} sequences a step, cp {layout.cp_degree} x dp "
             f"{layout.dp_degree}, {layout.num_rounds(per_step)} forwards of {layout.rows} rows"
             + (f", {empty} rows a step without targets" if empty else "")
         )
-    return rows
+    summary = run.plan.describe()
+    dropped = summary.dropped_tokens + summary.left_over_tokens
+    lines.append(
+        f"plan: {summary.steps:,} steps of {run.config.curriculum.tokens_per_step:,} tokens, of "
+        f"which the run takes those before step {run.num_steps:,}; {dropped:,} tokens are in no "
+        f"step ({summary.dropped_tokens:,} too short, {summary.left_over_tokens:,} left over)"
+    )
+    for fold in summary.folds:
+        lines.append(
+            f"plan: {fold.pieces:,} sequences of {fold.bucket:,} tokens are cut to {fold.into:,}: "
+            f"{fold.reason}"
+        )
+    return lines
 
 
-def _plain(value: Any) -> Any:
-    """Tuples come back from JSON as lists."""
-    return list(value) if isinstance(value, tuple) else value
+def _check_wandb(config: Config) -> None:
+    if config.tracking.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"tracking.wandb={config.tracking.wandb} needs wandb: pip install 'ringctx[wandb]', or "
+            "set it to null"
+        )
+
+
+def _with_vocabulary(config: Config, dataset: Dataset) -> Config:
+    model = config.model
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=dataset.vocab_size)
+    elif model.vocab_size < dataset.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size:,} is smaller than the {dataset.vocab_size:,} ids "
+            f"of {config.data.path}; set model.vocab_size to null or at least to that"
+        )
+    return dataclasses.replace(config, model=model)
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by `section.key`; tuples as the lists that JSON makes of them."""
+    return {
+        f"{section}.{key}": list(value) if isinstance(value, tuple) else value
+        for section, values in config.items()
+        for key, value in values.items()
+    }

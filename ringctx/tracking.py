@@ -7,6 +7,7 @@ twice, and the later line counts. A line cut off by a kill is skipped by the rea
 import dataclasses
 import json
 import logging
+import netrc
 import os
 import secrets
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -103,17 +105,24 @@ class Tracker:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run in order of steps, the later line where a step was run twice."""
-    by_step: dict[int, dict[str, Any]] = {}
+    """The records of a run in order of steps.
+
+    Where a resume went back, what had come after that step belongs to a branch that was given up:
+    the later lines count.
+    """
+    records: list[dict[str, Any]] = []
     with (run_dir / "metrics.jsonl").open() as file:
         for line in file:
             try:
                 record = json.loads(line)
-                by_step[record["step"]] = record
+                step = record["step"]
             except (ValueError, KeyError, TypeError):
                 # Cut off by a kill in the middle of a write.
                 continue
-    return [by_step[step] for step in sorted(by_step)]
+            while records and records[-1]["step"] >= step:
+                records.pop()
+            records.append(record)
+    return records
 
 
 class _Console:
@@ -139,7 +148,7 @@ class _Console:
         elif record.step % self._every == 0 or record.step == self._last:
             done = record.step + 1
             each = (time.monotonic() - self._start) / (done - self._first)
-            eta = time.strftime("%H:%M:%S", time.gmtime((self._last + 1 - done) * each))
+            eta = tqdm.format_interval((self._last + 1 - done) * each)
             _LOG.info("step %d/%d  %s  ETA %s", done, self._last + 1, text, eta)
 
     def close(self) -> None:
@@ -172,11 +181,22 @@ def _start_wandb(project: str, run_dir: Path, resolved: dict[str, Any]) -> Any:
         "resume": "allow",
         "config": resolved,
     }
-    try:
-        run = start(**settings)
-    except wandb.errors.Error as error:
-        _LOG.info("wandb is not online (%s): writing offline; 'wandb sync' uploads it later", error)
-        run = start(**settings, mode="offline")
+    if "WANDB_MODE" not in os.environ and not _wandb_has_key(wandb.setup().settings):
+        # Asked before the start: on a terminal wandb would wait for an answer.
+        _LOG.info("wandb has no API key: writing offline; 'wandb sync' uploads it later")
+        settings["mode"] = "offline"
+    run = start(**settings)
     marker.write_text(run_id + "\n")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _wandb_has_key(settings: Any) -> bool:
+    """Whether wandb would find a key where it looks for one without asking."""
+    if settings.api_key or os.environ.get("WANDB_API_KEY") or settings.identity_token_file:
+        return True
+    try:
+        known = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return known.authenticators(urlsplit(settings.base_url).hostname or "") is not None

@@ -9,8 +9,9 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,54 +20,104 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringctx.checkpoint import (
+    Found,
     find_checkpoint,
     load_checkpoint,
-    read_trainer_state,
     save_checkpoint,
+    set_aside_later,
 )
 from ringctx.config import Config
 from ringctx.config_file import config_to_dict, config_to_yaml
-from ringctx.data import Loader, RowShard
-from ringctx.data.loader import Microbatch
-from ringctx.errors import ConfigError, TrainingError
+from ringctx.data import Loader, Microbatch, RowShard, Step
+from ringctx.errors import CheckpointError, ConfigError, TrainingError
 from ringctx.model import Transformer, initialise
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.optim import learning_rate, make_optimizer
 from ringctx.parallel import positions
-from ringctx.parallel.agreement import require_equal, together
+from ringctx.parallel.agreement import agree, agree_on_first, require_equal
 from ringctx.parallel.comm import record_traffic
 from ringctx.parallel.mesh import ContextMesh, Mesh, World
 from ringctx.parallel.model_states import Engine, clip_gradients, make_engine
-from ringctx.run_plan import RunPlan, changed_fields, layout_table, make_run_plan
+from ringctx.run_plan import (
+    RunPlan,
+    changed_fields,
+    fields_to_agree_on,
+    layout_table,
+    make_run_plan,
+)
 from ringctx.tracking import StepRecord, Tracker
 
-__all__ = ["DTYPES", "Trainer", "accumulate_gradients", "build_engine", "row_shard", "start"]
+__all__ = [
+    "Beginning",
+    "Trainer",
+    "accumulate_gradients",
+    "build_engine",
+    "build_model",
+    "plan_or_resume",
+    "row_shard",
+    "start",
+    "starting_value",
+]
 
 _LOG = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def start(run: RunPlan, *, world: World) -> "Trainer":
-    """Make a trainer, from the checkpoint that `checkpoint.resume` names if there is one.
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins: its plan, and the checkpoint if it goes on from one."""
+
+    run: RunPlan
+    found: Found | None
+
+
+def plan_or_resume(config: Config, *, world: World) -> Beginning:
+    """Plan the run, from the checkpoint that `checkpoint.resume` names if there is one.
 
     Args:
-        run: the plan from its beginning; every rank passes the same.
-        world: all ranks, with the process group up.
+        config: as read from the YAML.
+        world: all ranks, with the process group up; every rank must call it.
 
     Raises:
-        ConfigError, CheckpointError: on every rank, if run and checkpoint do not fit.
+        ConfigError, DatasetError, CheckpointError: on every rank, whichever found the fault.
     """
-    config = run.config
-    found = find_checkpoint(_checkpoints(config), resume=config.checkpoint.resume)
+    run_dir, resume = Path(config.train.run_dir), config.checkpoint.resume
+    if resume == "never":
+        agree_on_first(partial(_refuse_used, run_dir), error=CheckpointError)
+        found = None
+    else:
+        found = find_checkpoint(_checkpoints(config), resume=resume)
+
+    def plan() -> RunPlan:
+        if found is None:
+            return make_run_plan(config, world_size=world.size)
+        for line in changed_fields(found.trainer_state["config"], config):
+            _LOG.warning("changed since the checkpoint: %s", line)
+        return make_run_plan(config, world_size=world.size, state=found.trainer_state["plan"])
+
+    run = agree(plan, error=ConfigError)
+    require_equal(fields_to_agree_on(run), error=ConfigError)
+    return Beginning(run, found)
+
+
+def start(beginning: Beginning, *, world: World) -> "Trainer":
+    """Make the trainer, with the weights and optimizer states of its checkpoint if there is one.
+
+    Args:
+        beginning: from `plan_or_resume`.
+        world: all ranks; every rank must call it.
+
+    Raises:
+        CheckpointError: on every rank, if a rank cannot read its part.
+    """
+    run, found = beginning.run, beginning.found
     if found is None:
         return Trainer(run, world=world)
-    state = read_trainer_state(found)
-    for line in changed_fields(state["config"], config):
-        _LOG.warning("changed since the checkpoint: %s", line)
-    resumed = make_run_plan(config, world_size=world.size, state=state["plan"])
-    trainer = Trainer(resumed, world=world, first_step=state["step"], tokens=state["tokens"])
-    load_checkpoint(found, model=trainer.engine.model, optimizer=trainer.optimizer)
-    _LOG.info("resumed from %s: %d steps done", found, state["step"])
+    state = found.trainer_state
+    set_aside_later(_checkpoints(run.config), step=state["step"])
+    trainer = Trainer(run, world=world, first_step=state["step"], tokens=state["tokens"])
+    load_checkpoint(found.path, model=trainer.engine.model, optimizer=trainer.optimizer)
+    _LOG.info("resumed from %s: %d steps done", found.path, state["step"])
     return trainer
 
 
@@ -82,7 +133,6 @@ class Trainer:
 
     def __init__(self, run: RunPlan, *, world: World, first_step: int = 0, tokens: int = 0) -> None:
         config = run.config
-        require_equal(run.plan.hash, what="the plan (config, dataset or seed)", error=ConfigError)
         self.run, self.world = run, world
         self.step, self.tokens = first_step, tokens
         self.mesh = Mesh(run.plan.bucket_lens, world=world, parallel=config.parallel)
@@ -103,7 +153,7 @@ class Trainer:
             steps = self.loader.steps(self.step, max(self.step, self._last_step()))
             begin = time.perf_counter()
             for planned, batches in steps:
-                record = self.train_step(planned.step, batches, begin=begin)
+                record = self.train_step(planned, batches, begin=begin)
                 self.step, self.tokens = planned.step + 1, record.tokens
                 if tracker is not None:
                     tracker.log(record)
@@ -112,12 +162,12 @@ class Trainer:
                 begin = time.perf_counter()
 
     def train_step(
-        self, step: int, batches: Sequence[Microbatch], *, begin: float | None = None
+        self, planned: Step, batches: Sequence[Microbatch], *, begin: float | None = None
     ) -> StepRecord:
         """One update of the weights.
 
         Args:
-            step: of the plan.
+            planned: the step of the plan.
             batches: this rank's microbatches of it.
             begin: when the step's time began to count (`time.perf_counter`); None: now.
 
@@ -125,7 +175,7 @@ class Trainer:
             The record of the step, the same on all ranks.
         """
         begin = time.perf_counter() if begin is None else begin
-        planned, optim = self.run.plan.step(step), self.run.config.optim
+        step, optim = planned.step, self.run.config.optim
         mesh = self.mesh.for_length(planned.bucket_len)
         with record_traffic() as traffic:
             loss_sum = accumulate_gradients(
@@ -137,10 +187,7 @@ class Trainer:
             )
         norm = float(clip_gradients(self.parameters, max_norm=optim.clip_norm))
         if not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient of step {step} is not finite (norm {norm}); the weights are as they "
-                "were before it. Lower optim.lr, or look at the step's data with this seed"
-            )
+            raise _not_finite(step, norm)
         lr = learning_rate(step, num_steps=self.run.num_steps, optim=optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -148,11 +195,14 @@ class Trainer:
         self.optimizer.zero_grad()
         sums, largest = _over_ranks(
             sums=[float(loss_sum), float(traffic.moved_bytes)],
-            largest=[traffic.exposed_s(), float(_peak_memory_bytes(self.world.device))],
+            largest=[
+                time.perf_counter() - begin,
+                traffic.exposed_s(),
+                float(_peak_memory_bytes(self.world.device)),
+            ],
             device=self.world.device,
         )
         num_tokens = planned.pieces.shape[0] * planned.bucket_len
-        elapsed = time.perf_counter() - begin
         return StepRecord(
             step=step,
             tokens=self.tokens + num_tokens,
@@ -162,11 +212,11 @@ class Trainer:
             bucket_len=planned.bucket_len,
             num_sequences=planned.pieces.shape[0],
             cp_degree=mesh.steps.cp_degree,
-            step_time_s=elapsed,
-            tokens_per_s=num_tokens / elapsed,
-            comm_exposed_s=largest[0],
+            step_time_s=largest[0],
+            tokens_per_s=num_tokens / largest[0],
+            comm_exposed_s=largest[1],
             moved_bytes=int(sums[1]),
-            max_memory_bytes=int(largest[1]),
+            max_memory_bytes=int(largest[2]),
         )
 
     def save(self) -> Path:
@@ -219,7 +269,7 @@ class Trainer:
     def _tracker(self) -> Iterator[Tracker | None]:
         """The sinks of the run on rank 0, nothing on the others."""
         opened: list[Tracker] = []
-        together(lambda: opened.append(self._open_tracker()), failures=(OSError,), only_first=True)
+        agree_on_first(lambda: opened.append(self._open_tracker()), error=ConfigError)
         if not opened:
             yield None
             return
@@ -242,22 +292,39 @@ class Trainer:
         )
 
 
-def build_engine(config: Config, *, world: World) -> Engine:
-    """The model with its starting weights, spread over the world."""
-    dtype = DTYPES[config.train.dtype]
+def build_model(config: Config) -> Transformer:
+    """The model that a config describes, not yet with its starting weights."""
+    return Transformer(
+        config.model,
+        dtype=_DTYPES[config.train.dtype],
+        recompute=config.train.recompute == "layer",
+        loss_chunk=config.train.loss_chunk,
+    )
+
+
+def starting_value(name: str, shape: torch.Size, *, config: Config) -> Tensor:
+    """The value of a parameter at step 0, the same on all ranks."""
+    return initialise(name, shape, config=config.model, seed=config.train.seed)
+
+
+def build_engine(
+    config: Config, *, world: World, start: Callable[..., Tensor] = starting_value
+) -> Engine:
+    """The model with its starting weights, spread over the world.
+
+    Args:
+        config: of the run.
+        world: all ranks; every rank must call it.
+        start: called as `starting_value`, once a parameter.
+    """
     with torch.device("meta"):
-        model = Transformer(
-            config.model,
-            dtype=dtype,
-            recompute=config.train.recompute == "layer",
-            loss_chunk=config.train.loss_chunk,
-        )
+        model = build_model(config)
     return make_engine(
         model,
         kind=config.parallel.engine,
         world=world,
-        dtype=dtype,
-        initialise=partial(initialise, config=config.model, seed=config.train.seed),
+        dtype=_DTYPES[config.train.dtype],
+        initialise=partial(start, config=config),
     )
 
 
@@ -309,6 +376,24 @@ def accumulate_gradients(
             (loss_sum * (world.size / num_targets)).backward()
         total += loss_sum.detach()
     return total
+
+
+def _not_finite(step: int, norm: float) -> TrainingError:
+    error = TrainingError(
+        f"the gradient of step {step} is not finite (norm {norm}); the weights are as they were "
+        "before it. Lower optim.lr, or look at the step's data with this seed"
+    )
+    # The norm is that of all ranks.
+    error.on_all_ranks = True
+    return error
+
+
+def _refuse_used(run_dir: Path) -> None:
+    if (run_dir / "checkpoints").exists() or (run_dir / "metrics.jsonl").exists():
+        raise CheckpointError(
+            f"checkpoint.resume=never, but train.run_dir={run_dir} holds a run; choose another "
+            "folder, or checkpoint.resume=auto to go on from its newest checkpoint"
+        )
 
 
 def _checkpoints(config: Config) -> Path:

@@ -1,23 +1,22 @@
 """A checkpoint is whole or it does not count; what does not belong together is refused."""
 
+import io
+import logging
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from ringctx.errors import CheckpointError, ConfigError
-from ringctx.parallel.mesh import World
+from ringctx.errors import CheckpointError, ConfigError, RingctxError
 from ringctx.tracking import read_metrics
-from ringctx.trainer import start
 from tests.ranks import RankError, run_ranks
-from tests.tiny import run_plan, write_config, write_dataset
+from tests.tiny import begin, train_here, write_config, write_dataset
 
 
 def _train(folder: Path, overrides: tuple[str, ...]) -> None:
-    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
-    start(run_plan(folder, *overrides, world_size=world.size), world=world).fit()
+    train_here(folder, *overrides)
 
 
 def train(folder: Path, *overrides: str, world_size: int = 2) -> list[int]:
@@ -101,13 +100,95 @@ def test_an_explicit_step_is_used_and_never_replaced_by_another(folder: Path) ->
     flip(folder / "run/checkpoints/step-00000002/__0_0.distcp")
     with pytest.raises(RankError, match=r"sha256 differs"):
         train(folder, "checkpoint.resume=2")
-    with pytest.raises(RankError, match=r"has no such step; there are: 2, 4, 6"):
+    with pytest.raises(RankError, match=r"has no such step; there are: 2, 4$"):
         train(folder, "checkpoint.resume=3")
 
 
-def test_never_refuses_a_folder_with_checkpoints(folder: Path) -> None:
+def test_never_refuses_a_folder_that_holds_a_run(folder: Path) -> None:
     with pytest.raises(RankError, match=r"checkpoint\.resume=never"):
         train(folder, "checkpoint.resume=never")
+    shutil.rmtree(folder / "run/checkpoints")
+    with pytest.raises(RankError, match=r"checkpoint\.resume=never"):
+        train(folder, "checkpoint.resume=never")
+
+
+def test_a_damaged_newest_does_not_push_out_a_good_one(folder: Path) -> None:
+    truncate(folder / "run/checkpoints/step-00000006/__0_0.distcp")
+    train(folder, "train.stop_after=5", "checkpoint.keep=1")
+    assert checkpoints(folder) == ["abandoned-step-00000006", "latest", "step-00000005"]
+    (folder / "run/metrics.jsonl").unlink()
+    assert train(folder, "train.stop_after=6", "checkpoint.keep=1") == [5]
+
+
+def test_going_back_gives_up_the_later_steps_and_goes_on_from_there(folder: Path) -> None:
+    back = ("checkpoint.keep=1", "optim.lr=0.1")
+    train(folder, "checkpoint.resume=2", "train.stop_after=4", *back)
+    assert "step-00000006" not in checkpoints(folder)
+    train(folder, "train.stop_after=6", *back)
+    rates = [record["lr"] for record in read_metrics(folder / "run")]
+    assert rates[:2] == [0.0025, 0.005]
+    assert len(rates) == 6
+    assert all(rate > 0.05 for rate in rates[2:])
+
+
+def test_a_save_killed_between_its_renames_is_found_again(folder: Path) -> None:
+    saves = folder / "run/checkpoints"
+    (saves / "step-00000006").rename(saves / "step-00000006.old")
+    (folder / "run/metrics.jsonl").unlink()
+    assert train(folder, "train.stop_after=7") == [6]
+    (saves / "step-00000007.old").mkdir()
+    train(folder, "checkpoint.resume=6", "train.stop_after=7")
+    assert "step-00000007" in checkpoints(folder)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["null", "{}", '{"files": null}', '{"version": 1, "files": {}}', '{"files": {"a": {}}}', "{"],
+)
+def test_an_odd_manifest_is_damage_and_no_crash(folder: Path, manifest: str) -> None:
+    (folder / "run/checkpoints/step-00000006/MANIFEST.json").write_text(manifest)
+    (folder / "run/metrics.jsonl").unlink()
+    assert train(folder, "train.stop_after=5") == [4]
+
+
+def _train_with_a_small_disk(folder: Path) -> str:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        train_here(folder, "train.stop_after=8")
+    except CheckpointError as error:
+        assert error.on_all_ranks
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    return ""
+
+
+def test_a_save_that_does_not_fit_fails_on_all_ranks_and_leaves_nothing(folder: Path) -> None:
+    before = checkpoints(folder)
+    messages = run_ranks(2, _train_with_a_small_disk, folder)
+    assert messages[0] == messages[1]
+    assert "step-00000008.tmp cannot be written" in messages[0]
+    assert checkpoints(folder) == before
+
+
+def _warnings(folder: Path, override: str) -> list[str]:
+    told = io.StringIO()
+    handler, logger = logging.StreamHandler(told), logging.getLogger("ringctx")
+    logger.addHandler(handler)
+    try:
+        begin(folder, override)
+    finally:
+        logger.removeHandler(handler)
+    return told.getvalue().splitlines()
+
+
+def test_settings_that_change_the_trajectory_are_warned_about(folder: Path) -> None:
+    warned = run_ranks(1, _warnings, folder, "optim.lr=0.5")[0]
+    assert warned == ["changed since the checkpoint: optim.lr: 0.01 -> 0.5"]
+    assert run_ranks(1, _warnings, folder, "checkpoint.every=3")[0] == []
 
 
 def test_nothing_good_is_an_error_and_not_a_fresh_start(folder: Path) -> None:
@@ -118,9 +199,9 @@ def test_nothing_good_is_an_error_and_not_a_fresh_start(folder: Path) -> None:
 
 
 def _start_expecting(folder: Path, override: str, kind: type[Exception], message: str) -> None:
-    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
-    with pytest.raises(kind, match=message):
-        start(run_plan(folder, override, world_size=world.size), world=world)
+    with pytest.raises(kind, match=message) as caught:
+        begin(folder, override)
+    assert isinstance(caught.value, RingctxError) and caught.value.on_all_ranks
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -85,18 +86,24 @@ for step in range(2):
 
 
 @pytest.mark.slow
-def test_wandb_goes_offline_without_a_key_and_keeps_its_id_over_a_resume(tmp_path: Path) -> None:
+def test_wandb_goes_offline_without_asking_for_a_key_and_keeps_its_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment["HOME"] = str(tmp_path)
+    # A terminal, where wandb by itself would ask for a key and wait.
+    controller, terminal = pty.openpty()
     result = subprocess.run(
         [sys.executable, "-c", WANDB_RUN, str(tmp_path)],
         cwd=Path(__file__).parent.parent,
         env=environment,
-        capture_output=True,
-        text=True,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        timeout=60,
     )
-    assert result.returncode == 0, result.stderr
+    os.close(terminal)
+    os.close(controller)
+    assert result.returncode == 0
     runs = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     run_id = (tmp_path / "wandb-id").read_text().strip()
     assert len(runs) == 2

@@ -1,5 +1,6 @@
 """The same losses whatever the layout and engine, also across a stop and a resume."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from ringctx.errors import TrainingError
-from ringctx.parallel.mesh import World
 from ringctx.tracking import read_metrics
-from ringctx.trainer import Trainer, start
+from ringctx.trainer import Trainer, accumulate_gradients
 from tests.ranks import RankError, run_ranks
-from tests.tiny import run_plan, write_config, write_dataset
+from tests.tiny import begin, run_plan, train_here, world, write_config, write_dataset
 
 LAYOUTS = {
     "1 rank": (1, ()),
@@ -40,14 +40,8 @@ def one_rank_losses(tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.floa
     return train(1, folder, "parallel.engine=ddp")
 
 
-def world() -> World:
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
-
-
 def _train(folder: Path, run: str, overrides: tuple[str, ...]) -> None:
-    here = world()
-    plan = run_plan(folder, *overrides, f"train.run_dir={folder / run}", world_size=here.size)
-    start(plan, world=here).fit()
+    train_here(folder, *overrides, f"train.run_dir={folder / run}")
 
 
 def train(world_size: int, folder: Path, *overrides: str, run: str = "run") -> NDArray[np.float64]:
@@ -145,7 +139,7 @@ def _train_on_nan(folder: Path) -> None:
             trainer.parameters[1][:2] = float("nan")
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     with pytest.raises(TrainingError, match="the gradient of step 0 is not finite"):
-        trainer.train_step(0, trainer.loader.step(0))
+        trainer.train_step(trainer.run.plan.step(0), trainer.loader.step(0))
     torch.testing.assert_close(trainer.parameters, before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -155,11 +149,68 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_update(
     run_ranks(2, _train_on_nan, folder)
 
 
-def _train_on_different_seeds(folder: Path) -> None:
-    run = run_plan(folder, f"train.seed={dist.get_rank()}", world_size=2)
-    Trainer(run, world=world())
+def _begin_with(folder: Path, overrides: tuple[str, ...]) -> None:
+    begin(folder, overrides[dist.get_rank()])
 
 
-def test_ranks_with_different_plans_all_stop(folder: Path) -> None:
-    with pytest.raises(RankError, match="the ranks do not agree on the plan"):
-        run_ranks(2, _train_on_different_seeds, folder)
+@pytest.mark.parametrize(
+    ("name", "values"), [("train.seed", (0, 1)), ("optim.lr", (0.01, 0.02))], ids=str
+)
+def test_ranks_with_different_settings_all_stop_before_training(
+    folder: Path, name: str, values: tuple[float, float]
+) -> None:
+    message = f"do not agree:\n(.*\n)*{name}: rank 0 has {values[0]}, rank 1 has {values[1]}"
+    with pytest.raises(RankError, match=message):
+        run_ranks(2, _begin_with, folder, tuple(f"{name}={value}" for value in values))
+
+
+def _losses_with_gains(folder: Path, engine: str) -> tuple[float, float]:
+    """Loss of step 0 with all gains at 1, and a little above: less than a bf16 step at 1."""
+    run = run_plan(folder, "train.dtype=bf16", f"parallel.engine={engine}", world_size=2)
+    trainer = Trainer(run, world=world())
+    step, losses = run.plan.step(0), []
+    for gain in (1.0, 1.0035):
+        with torch.no_grad():
+            for parameter in trainer.parameters:
+                if parameter.ndim == 1:
+                    parameter.fill_(gain)
+        total = accumulate_gradients(
+            trainer.engine,
+            trainer.loader.step(0),
+            mesh=trainer.mesh.for_length(step.bucket_len),
+            world=trainer.world,
+            num_targets=step.num_targets,
+        )
+        dist.all_reduce(total)
+        losses.append(float(total) / step.num_targets)
+    return losses[0], losses[1]
+
+
+def test_gains_of_norms_stay_fp32_in_a_bf16_run_under_both_engines(folder: Path) -> None:
+    moved = {}
+    for engine in ("ddp", "fsdp2"):
+        before, after = run_ranks(2, _losses_with_gains, folder, engine)[0]
+        moved[engine] = after - before
+    assert moved["ddp"] != 0
+    np.testing.assert_allclose(moved["fsdp2"], moved["ddp"], rtol=0.05)
+
+
+def test_a_resume_with_other_tokens_per_step_takes_the_rest_of_the_plan(folder: Path) -> None:
+    whole = len(run_plan(folder, "train.steps=null").plan)
+    train(2, folder, "train.steps=null", "train.stop_after=10")
+    for tokens, steps in ((128, 2 * (whole - 10)), (512, (whole - 10) // 2)):
+        run = f"run-{tokens}"
+        shutil.copytree(folder / "run", folder / run)
+        train(2, folder, "train.steps=null", f"curriculum.tokens_per_step={tokens}", run=run)
+        records = read_metrics(folder / run)
+        assert abs(len(records) - 10 - steps) <= 1
+        assert records[-1]["lr"] == pytest.approx(1e-3), "the cosine ends with the plan"
+        assert records[-1]["tokens"] == 2560 + tokens * (len(records) - 10)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_run_that_took_its_whole_plan_resumes_to_nothing(folder: Path, engine: str) -> None:
+    settings = ("train.steps=null", f"parallel.engine={engine}", "curriculum.total_tokens=1024")
+    first = train(2, folder, *settings)
+    assert len(first) == 4
+    assert train(2, folder, *settings).tolist() == first.tolist()

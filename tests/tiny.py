@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
+from ringctx.config import Config
 from ringctx.config_file import load_config
 from ringctx.data.tokenizers import ByteTokenizer
 from ringctx.data.writer import DatasetWriter
+from ringctx.parallel.mesh import World
 from ringctx.run_plan import RunPlan, make_run_plan
+from ringctx.trainer import Beginning, plan_or_resume, start
 
 CONFIG = """
 model: {{dim: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, mlp_dim: 48, qk_norm: true}}
@@ -41,6 +46,26 @@ def write_config(folder: Path, text: str = CONFIG) -> Path:
     return path
 
 
+def read_config(folder: Path, *overrides: str) -> Config:
+    """The config of a folder."""
+    return load_config(folder / "config.yaml", overrides)
+
+
 def run_plan(folder: Path, *overrides: str, world_size: int = 1) -> RunPlan:
     """Config and dataset of a folder, ready for a trainer."""
-    return make_run_plan(load_config(folder / "config.yaml", overrides), world_size=world_size)
+    return make_run_plan(read_config(folder, *overrides), world_size=world_size)
+
+
+def world() -> World:
+    """The ranks of the present process group, on the CPU."""
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+
+
+def begin(folder: Path, *overrides: str) -> Beginning:
+    """On a rank: what a run of this folder would do."""
+    return plan_or_resume(read_config(folder, *overrides), world=world())
+
+
+def train_here(folder: Path, *overrides: str) -> None:
+    """On a rank: train as the entry point does."""
+    start(begin(folder, *overrides), world=world()).fit()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ringctx.data.loader import IGNORE_INDEX, Loader, Microbatch, RowShard
+from ringctx.data.loader import Loader, Microbatch, RowShard
 from ringctx.data.plan import Plan, Step
 from ringctx.errors import DatasetError
+from ringctx.ops.losses import IGNORE_INDEX
 from tests.data.samples import STRIDE, MadeUpDocuments
 
 LENGTHS = np.random.default_rng(1).integers(8, 900, size=60).tolist()

@@ -71,6 +71,34 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_the_same(folder: Path
     assert losses(folder) == losses(folder, "whole")
 
 
+FAULT_ON_ONE_RANK = """
+import os, sys
+from ringctx.data import Loader
+from ringctx.errors import DatasetError
+from ringctx.launch.train import main
+
+def broken(self, step, load=Loader._load):
+    if step == 2 and os.environ["RANK"] == sys.argv[1]:
+        raise DatasetError("token id 999 in document 7")
+    return load(self, step)
+
+Loader._load = broken
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_error_on_one_rank_is_told_by_it_and_ends_the_others(folder: Path, rank: str) -> None:
+    script = folder / "fault.py"
+    script.write_text(FAULT_ON_ONE_RANK)
+    begin = time.monotonic()
+    result = python(*TORCHRUN, "2", str(script), rank, str(folder / "config.yaml"))
+    assert f"ringctx: error: rank {rank}: token id 999 in document 7" in result.stderr
+    assert "exitcode  : 2" in result.stderr
+    assert time.monotonic() - begin < 60
+
+
 def test_one_process_without_torchrun_trains(folder: Path) -> None:
     config = str(folder / "config.yaml")
     result = python("-m", "ringctx.launch.train", config, "train.stop_after=2")

@@ -10,7 +10,7 @@ from ringctx.launch import verify
 from ringctx.parallel.mesh import World
 from ringctx.trainer import accumulate_gradients
 from tests.ranks import run_ranks
-from tests.tiny import run_plan, write_config, write_dataset
+from tests.tiny import run_plan, world, write_config, write_dataset
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _compare(folder: Path, overrides: tuple[str, ...]) -> list[verify.Comparison]:
-    world = World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
-    return list(verify.compare(run_plan(folder, *overrides, world_size=world.size), world=world))
+    run = run_plan(folder, *overrides, world_size=dist.get_world_size())
+    return list(verify.compare(run, world=world()))
 
 
 @pytest.mark.proves("ringctx verify: every layout and engine equals one process", on="CPU/gloo")
