@@ -95,7 +95,7 @@ def unigram_entropy(dataset: Dataset) -> float:
 def conclude(run_dir: Path, *, seconds: float) -> int:
     """Say what came out; 1 if the model learnt no more than how frequent each byte is."""
     records = read_metrics(run_dir)
-    last = [record["loss"] for record in records[-8:]]
+    last = [record["loss"] for record in records[-16:]]
     final, unigram = sum(last) / len(last), unigram_entropy(open_dataset(DATASET))
     ring = [record for record in records if record["cp_degree"] > 1]
     heading(f"Done in {seconds / 60:.1f} minutes")

@@ -106,6 +106,7 @@ def _draw_throughput(axes: Any, records: Records) -> None:
         ylabel="tokens per second, all ranks",
         title="Throughput by length (median, range)",
     )
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y", alpha=0.3)
 
 

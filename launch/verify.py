@@ -192,9 +192,8 @@ def _starting_value(name: str, shape: torch.Size, *, config: Config) -> Tensor:
     value = starting_value(name, shape, config=config)
     if len(shape) > 1:
         return value
-    # Normal with deviation 0.1.
-    noise = 5 * starting_value(name, torch.Size((*shape, 1)), config=config)
-    return value + noise.squeeze(-1)
+    noise = starting_value(name, torch.Size((*shape, 1)), config=config).squeeze(-1)
+    return value + 0.1 * noise
 
 
 def _largest_difference(

@@ -96,10 +96,10 @@ def step_layout(bucket_len: int, *, world_size: int, parallel: ParallelConfig) -
     if bucket_len > min(cp, limit) * per_rank:
         degree = limit if automatic else cp
         raise ConfigError(
-            f"sequences of {bucket_len:,} tokens do not fit: the largest context-parallel degree "
-            f"is {degree} with {world_size} ranks and parallel.tokens_per_rank={per_rank:,} holds "
-            f"{degree * per_rank:,} tokens; set curriculum.max_len={degree * per_rank:,}, raise "
-            f"parallel.tokens_per_rank to {bucket_len // degree:,}, or start more ranks"
+            f"sequences of {bucket_len:,} tokens do not fit: {_why(degree, world_size, parallel)}, "
+            f"and with parallel.tokens_per_rank={per_rank:,} that holds {degree * per_rank:,} "
+            f"tokens; lower curriculum.max_len to that, raise parallel.tokens_per_rank to "
+            f"{bucket_len // degree:,}, or raise the degree"
         )
     blocks = cp * (2 if parallel.layout == "zigzag" else 1)
     if cp > 1 and bucket_len < blocks:
@@ -122,6 +122,15 @@ def step_layouts(
         length: step_layout(length, world_size=world_size, parallel=parallel)
         for length in longest_first
     }
+
+
+def _why(degree: int, world_size: int, parallel: ParallelConfig) -> str:
+    """Which rule sets the largest degree."""
+    if parallel.cp_degree != "auto":
+        return f"parallel.cp_degree is {degree}"
+    if degree == parallel.max_cp_degree:
+        return f"parallel.max_cp_degree is {degree}"
+    return f"the largest power of two that divides the world of {world_size} ranks is {degree}"
 
 
 class Mesh:

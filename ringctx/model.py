@@ -231,8 +231,9 @@ def rotate(x: Tensor, rotary: RotaryTable) -> Tensor:
 def initialise(name: str, shape: torch.Size, *, config: ModelConfig, seed: int) -> Tensor:
     """The starting value of one parameter, the same on every rank, world and engine.
 
-    Norms start at 1; matrices are normal with deviation 0.02, those that write into the residual
-    stream divided by sqrt(2 num_layers) (GPT-2, section 2.3).
+    Norms start at 1. Matrices are normal with deviation 1 / sqrt(inputs), an untied embedding with
+    deviation 1 (PaLM, arXiv 2204.02311, section 5); those that write into the residual stream are
+    divided by sqrt(2 num_layers) (GPT-2, section 2.3).
 
     Args:
         name: as in `named_parameters`; it seeds the draw together with `seed`.
@@ -247,8 +248,11 @@ def initialise(name: str, shape: torch.Size, *, config: ModelConfig, seed: int) 
         return torch.ones(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    writes_to_residual = name.endswith(("mixer.out.weight", "mlp.down.weight"))
-    deviation = 0.02 / math.sqrt(2 * config.num_layers) if writes_to_residual else 0.02
+    deviation: float = shape[1] ** -0.5
+    if name.endswith(("mixer.out.weight", "mlp.down.weight")):
+        deviation /= math.sqrt(2 * config.num_layers)
+    elif name == "embed.weight" and not config.tie_embeddings:
+        deviation = 1.0
     return torch.randn(shape, generator=generator) * deviation
 
 

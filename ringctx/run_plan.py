@@ -108,30 +108,32 @@ def fields_to_agree_on(run: RunPlan) -> dict[str, Any]:
 
 
 def layout_table(run: RunPlan) -> list[str]:
-    """One line a sequence length: how its rows are spread, and what the plan leaves out."""
-    lines = []
-    for length in sorted(run.layouts):
-        layout = run.layouts[length]
-        per_step = run.config.curriculum.tokens_per_step // length
-        empty = layout.rows_without_targets(per_step)
-        lines.append(
-            f"len {length:>9,}: {per_step:>6,} sequences a step, cp {layout.cp_degree} x dp "
-            f"{layout.dp_degree}, {layout.num_rounds(per_step)} forwards of {layout.rows} rows"
-            + (f", {empty} rows a step without targets" if empty else "")
-        )
-    summary = run.plan.describe()
+    """How the rows of each length are spread, what of the data is in no step, what was cut."""
+    tokens_per_step, summary = run.config.curriculum.tokens_per_step, run.plan.describe()
+    lines = [
+        _layout_line(length, run.layouts[length], num_rows=tokens_per_step // length)
+        for length in sorted(run.layouts)
+    ]
     dropped = summary.dropped_tokens + summary.left_over_tokens
     lines.append(
-        f"plan: {summary.steps:,} steps of {run.config.curriculum.tokens_per_step:,} tokens, of "
-        f"which the run takes those before step {run.num_steps:,}; {dropped:,} tokens are in no "
-        f"step ({summary.dropped_tokens:,} too short, {summary.left_over_tokens:,} left over)"
+        f"plan: {len(run.plan):,} steps of {tokens_per_step:,} tokens, the run takes the first "
+        f"{run.num_steps:,}; {dropped:,} tokens are in no step ({summary.dropped_tokens:,} too "
+        f"short, {summary.left_over_tokens:,} left over)"
     )
-    for fold in summary.folds:
-        lines.append(
-            f"plan: {fold.pieces:,} sequences of {fold.bucket:,} tokens are cut to {fold.into:,}: "
-            f"{fold.reason}"
-        )
+    lines += [
+        f"plan: cut from {fold.bucket:,} to {fold.into:,} tokens: {fold.pieces:,} ({fold.reason})"
+        for fold in summary.folds
+    ]
     return lines
+
+
+def _layout_line(length: int, layout: StepLayout, *, num_rows: int) -> str:
+    empty = layout.rows_without_targets(num_rows)
+    return (
+        f"len {length:>9,}: sequences a step {num_rows:>6,}, cp {layout.cp_degree} x dp "
+        f"{layout.dp_degree}, forwards {layout.num_rounds(num_rows)} x rows {layout.rows}"
+        + (f", rows without targets {empty}" if empty else "")
+    )
 
 
 def _check_wandb(config: Config) -> None:

