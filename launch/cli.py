@@ -13,6 +13,7 @@ from ringctx.launch.data_commands import add_data_commands
 from ringctx.launch.entry import exit_code
 from ringctx.launch.plot import plot_run
 from ringctx.launch.torchrun import local_ranks, torchrun
+from ringctx.resume import checkpoint_folder
 from ringctx.run_plan import make_run_plan
 
 __all__ = ["main"]
@@ -78,7 +79,7 @@ def _on_ranks(module: str, given: argparse.Namespace) -> int:
     # Mistakes are found here, once, before any rank is started. What a checkpoint says as well is
     # looked at by the ranks.
     config = load_config(given.config, given.overrides)
-    if not (Path(config.train.run_dir) / "checkpoints").exists():
+    if not checkpoint_folder(config).exists():
         make_run_plan(config, world_size=nproc)
     return torchrun(module, [given.config, *given.overrides], nproc=nproc)
 

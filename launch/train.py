@@ -14,7 +14,8 @@ from ringctx.launch.distributed import log_to_file
 from ringctx.launch.entry import run_on_rank
 from ringctx.parallel.agreement import agree
 from ringctx.parallel.mesh import World
-from ringctx.trainer import plan_or_resume, start
+from ringctx.resume import plan_or_resume
+from ringctx.trainer import start
 
 __all__ = ["main"]
 

@@ -11,7 +11,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,41 +18,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringctx.checkpoint import (
-    Found,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    set_aside_later,
-)
+from ringctx.checkpoint import load_checkpoint, save_checkpoint, set_aside_later
 from ringctx.config import Config
 from ringctx.config_file import config_to_dict, config_to_yaml
 from ringctx.data import Loader, Microbatch, RowShard, Step
-from ringctx.errors import CheckpointError, ConfigError, TrainingError
+from ringctx.errors import ConfigError, TrainingError
 from ringctx.model import Transformer, initialise
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.optim import learning_rate, make_optimizer
 from ringctx.parallel import positions
-from ringctx.parallel.agreement import agree, agree_on_first, require_equal
+from ringctx.parallel.agreement import agree_on_first
 from ringctx.parallel.comm import record_traffic
 from ringctx.parallel.mesh import ContextMesh, Mesh, World
 from ringctx.parallel.model_states import Engine, clip_gradients, make_engine
-from ringctx.run_plan import (
-    RunPlan,
-    changed_fields,
-    fields_to_agree_on,
-    layout_table,
-    make_run_plan,
-)
+from ringctx.resume import Beginning, checkpoint_folder
+from ringctx.run_plan import RunPlan, layout_table
 from ringctx.tracking import StepRecord, Tracker
 
 __all__ = [
-    "Beginning",
     "Trainer",
     "accumulate_gradients",
     "build_engine",
     "build_model",
-    "plan_or_resume",
     "row_shard",
     "start",
     "starting_value",
@@ -61,43 +47,6 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where a run begins: its plan, and the checkpoint if it goes on from one."""
-
-    run: RunPlan
-    found: Found | None
-
-
-def plan_or_resume(config: Config, *, world: World) -> Beginning:
-    """Plan the run, from the checkpoint that `checkpoint.resume` names if there is one.
-
-    Args:
-        config: as read from the YAML.
-        world: all ranks, with the process group up; every rank must call it.
-
-    Raises:
-        ConfigError, DatasetError, CheckpointError: on every rank, whichever found the fault.
-    """
-    run_dir, resume = Path(config.train.run_dir), config.checkpoint.resume
-    if resume == "never":
-        agree_on_first(partial(_refuse_used, run_dir), error=CheckpointError)
-        found = None
-    else:
-        found = find_checkpoint(_checkpoints(config), resume=resume)
-
-    def plan() -> RunPlan:
-        if found is None:
-            return make_run_plan(config, world_size=world.size)
-        for line in changed_fields(found.trainer_state["config"], config):
-            _LOG.warning("changed since the checkpoint: %s", line)
-        return make_run_plan(config, world_size=world.size, state=found.trainer_state["plan"])
-
-    run = agree(plan, error=ConfigError)
-    require_equal(fields_to_agree_on(run), error=ConfigError)
-    return Beginning(run, found)
 
 
 def start(beginning: Beginning, *, world: World) -> "Trainer":
@@ -114,7 +63,7 @@ def start(beginning: Beginning, *, world: World) -> "Trainer":
     if found is None:
         return Trainer(run, world=world)
     state = found.trainer_state
-    set_aside_later(_checkpoints(run.config), step=state["step"])
+    set_aside_later(checkpoint_folder(run.config), step=state["step"])
     trainer = Trainer(run, world=world, first_step=state["step"], tokens=state["tokens"])
     load_checkpoint(found.path, model=trainer.engine.model, optimizer=trainer.optimizer)
     _LOG.info("resumed from %s: %d steps done", found.path, state["step"])
@@ -223,7 +172,7 @@ class Trainer:
         """Write a checkpoint of the steps done so far; every rank must call it."""
         config = self.run.config
         return save_checkpoint(
-            _checkpoints(config),
+            checkpoint_folder(config),
             step=self.step,
             model=self.engine.model,
             optimizer=self.optimizer,
@@ -386,18 +335,6 @@ def _not_finite(step: int, norm: float) -> TrainingError:
     # The norm is that of all ranks.
     error.on_all_ranks = True
     return error
-
-
-def _refuse_used(run_dir: Path) -> None:
-    if (run_dir / "checkpoints").exists() or (run_dir / "metrics.jsonl").exists():
-        raise CheckpointError(
-            f"checkpoint.resume=never, but train.run_dir={run_dir} holds a run; choose another "
-            "folder, or checkpoint.resume=auto to go on from its newest checkpoint"
-        )
-
-
-def _checkpoints(config: Config) -> Path:
-    return Path(config.train.run_dir) / "checkpoints"
 
 
 def _over_ranks(

@@ -18,8 +18,9 @@ LAYERS = {
     "ringctx.run_plan": 5,
     "ringctx.checkpoint": 5,
     "ringctx.tracking": 5,
-    "ringctx.trainer": 6,
-    "ringctx.launch": 7,
+    "ringctx.resume": 6,
+    "ringctx.trainer": 7,
+    "ringctx.launch": 8,
 }
 FOLDERS = {
     "ringctx": "ringctx",

@@ -11,8 +11,9 @@ from ringctx.config_file import load_config
 from ringctx.data.tokenizers import ByteTokenizer
 from ringctx.data.writer import DatasetWriter
 from ringctx.parallel.mesh import World
+from ringctx.resume import Beginning, plan_or_resume
 from ringctx.run_plan import RunPlan, make_run_plan
-from ringctx.trainer import Beginning, plan_or_resume, start
+from ringctx.trainer import start
 
 CONFIG = """
 model: {{dim: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, mlp_dim: 48, qk_norm: true}}

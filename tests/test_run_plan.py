@@ -1,0 +1,71 @@
+"""What a run will do is known, and told, before anything is made."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from ringctx.errors import CheckpointError, ConfigError
+from ringctx.run_plan import changed_fields, fields_to_agree_on, layout_table
+from tests.tiny import read_config, run_plan, write_config, write_dataset
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_dataset(tmp_path)
+    write_config(tmp_path)
+    return tmp_path
+
+
+def test_the_table_names_rows_that_fill_up_a_world_that_does_not_divide(folder: Path) -> None:
+    lines = layout_table(run_plan(folder, world_size=3))
+    assert lines[3] == (
+        "len       128: sequences a step      2, cp 1 x dp 3, forwards 1 x rows 1, "
+        "rows without targets 1"
+    )
+
+
+def test_the_table_accounts_for_every_token(folder: Path) -> None:
+    run = run_plan(folder, "train.steps=null")
+    (line,) = [line for line in layout_table(run) if "are in no step" in line]
+    dropped = run.dataset.num_tokens - len(run.plan) * 256
+    assert f"{dropped:,} tokens are in no step" in line
+    assert f"plan: {len(run.plan):,} steps of 256 tokens" in line
+
+
+def test_null_steps_are_the_whole_plan_and_stay_null_in_the_config(folder: Path) -> None:
+    run = run_plan(folder, "train.steps=null")
+    assert run.num_steps == len(run.plan)
+    assert run.config.train.steps is None
+
+
+def test_a_larger_vocabulary_than_the_datasets_is_kept(folder: Path) -> None:
+    assert run_plan(folder, "model.vocab_size=300").config.model.vocab_size == 300
+    assert run_plan(folder).config.model.vocab_size == 257
+
+
+def test_places_may_differ_between_ranks_and_nothing_else(folder: Path) -> None:
+    here = fields_to_agree_on(run_plan(folder))
+    (folder / "dataset").rename(folder / "elsewhere")
+    there = fields_to_agree_on(run_plan(folder, f"data.path={folder}/elsewhere"))
+    assert here == there
+    assert here != fields_to_agree_on(
+        run_plan(folder, f"data.path={folder}/elsewhere", "optim.eps=1e-9")
+    )
+
+
+def test_what_changed_since_a_checkpoint_is_warned_about_or_refused(folder: Path) -> None:
+    before = {name: dict(vars(section)) for name, section in vars(read_config(folder)).items()}
+    assert changed_fields(before, read_config(folder)) == []
+    changed = read_config(folder, "optim.lr=1", "tracking.log_every=3")
+    assert changed_fields(before, changed) == ["optim.lr: 0.01 -> 1.0"]
+    with pytest.raises(CheckpointError, match=r"model\.qk_norm: True -> False"):
+        changed_fields(before, read_config(folder, "model.qk_norm=false"))
+
+
+def test_wandb_that_is_not_installed_is_told_before_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tracking\.wandb=project needs wandb: pip install"):
+        run_plan(folder, "tracking.wandb=project")
