@@ -81,7 +81,11 @@ def _hash_problem(path: Path, expected: str, actual: str) -> Iterator[str]:
 
 
 def _offset_problems(path: Path, *, documents: int, tokens: int) -> Iterator[str]:
-    offsets = np.load(path, mmap_mode="r")
+    try:
+        offsets = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        yield f"{path} is not a file of offsets: {error}"
+        return
     if offsets.shape != (documents + 1,) or offsets.dtype != np.int64:
         yield (
             f"{path} holds {offsets.dtype} {list(offsets.shape)}, expected int64 [{documents + 1}]"

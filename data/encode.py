@@ -135,14 +135,20 @@ def _read_lines(task: LineTask, done: Encoded) -> Iterator[str]:
         done.texts += 1
         place = f"{task.file}:{number}"
         try:
-            text = _text_of(json.loads(_decode(line)), place)
+            text = _text_of(_parse(_decode(line), place), place)
             _decode(text.encode())
         except (_Undecodable, UnicodeEncodeError):
             done.undecodable.append(place)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{place}: not valid JSON: {error}") from error
         else:
             yield text
+
+
+def _parse(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        # Nested too deeply, or a number of thousands of digits, is not broken but as useless.
+        raise DatasetError(f"{place}: not valid JSON: {error}") from error
 
 
 def _text_of(record: Any, place: str) -> str:

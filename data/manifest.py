@@ -173,6 +173,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**raw, shards=shards)
     except (KeyError, TypeError) as error:
         raise DatasetError(f"{path} is not a dataset manifest: {error}") from error
+    counts = [manifest.vocab_size, *(n for s in shards for n in (s.tokens, s.documents, s.bytes))]
+    if not shards or not all(isinstance(n, int) and n > 0 for n in counts):
+        raise DatasetError(f"{path} is not a dataset manifest: its counts are {counts}")
     if manifest.dtype not in DTYPES:
         raise DatasetError(f"{path}: dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
     return manifest
@@ -188,7 +191,7 @@ def _load(folder: Path, path: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(
             f"{path} is not valid JSON ({error}); restore it, or build the dataset again"
         ) from error

@@ -73,11 +73,15 @@ def find_sources(
     paths = [Path(item) for item in inputs]
     _check(paths)
     sources: list[TextSource | LineSource] = []
+    taken: set[Path] = set()
     for path in paths:
         found = _walk(path, glob) if path.is_dir() else [path]
         root = path if path.is_dir() else path.parent
         groups: dict[tuple[str, ...], list[Path]] = {}
         for file in found:
+            if file.resolve() in taken:
+                raise ConfigError(f"two inputs reach {file}; its documents would be repeated")
+            taken.add(file.resolve())
             if is_jsonl(file):
                 sources.append(LineSource(file))
             else:
@@ -97,13 +101,13 @@ def is_jsonl(file: Path) -> bool:
 def _check(paths: Sequence[Path]) -> None:
     if not paths:
         raise ConfigError("no input: name files or folders to build from")
-    seen: set[Path] = set()
+    named: set[Path] = set()
     for path in paths:
         if not path.exists():
             raise ConfigError(f"input {path} does not exist")
-        if path.resolve() in seen:
+        if path.resolve() in named:
             raise ConfigError(f"input {path} is named twice; its documents would be repeated")
-        seen.add(path.resolve())
+        named.add(path.resolve())
 
 
 def _walk(folder: Path, glob: str) -> list[Path]:

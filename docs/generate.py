@@ -1,7 +1,7 @@
 """Writes the pages that follow from the code: `python docs/generate.py` (`--check`: only compare).
 
-configuration.md comes from the config dataclasses, verified.md from the `proves` marks of the
-tests, so neither can claim what is not there.
+configuration.md and run_folder.md come from dataclasses and the texts under their fields,
+verified.md from the `proves` marks of the tests, so none can claim what is not there.
 """
 
 import ast
@@ -9,9 +9,11 @@ import dataclasses
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ringctx import config as config_module
+from ringctx import tracking as tracking_module
 from ringctx.config_file import sections
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,7 @@ def main(arguments: list[str]) -> int:
     """Write or compare the pages; 1 if a page is out of date."""
     pages = {
         ROOT / "docs" / "configuration.md": configuration_page(),
+        ROOT / "docs" / "run_folder.md": run_folder_page(),
         ROOT / "docs" / "verified.md": verified_page(),
     }
     stale = [path for path, text in pages.items() if not _is_current(path, text)]
@@ -44,7 +47,7 @@ def main(arguments: list[str]) -> int:
 
 def configuration_page() -> str:
     """Every section and field, with default and meaning."""
-    classes = _field_texts()
+    classes = _field_texts(config_module)
     lines = [
         "# Configuration",
         "",
@@ -61,6 +64,32 @@ def configuration_page() -> str:
             default = _default(field)
             text = classes[section.__name__][field.name]
             lines.append(f"| `{field.name}` | `{default}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def run_folder_page() -> str:
+    """What a run leaves behind, with every field of a metrics line."""
+    texts = _field_texts(tracking_module)["StepRecord"]
+    lines = [
+        "# The run folder",
+        "",
+        "<!-- Written by docs/generate.py from ringctx/tracking.py. -->",
+        "",
+        "```",
+        "RUN_DIR/config.yaml        the complete config of the newest start",
+        "RUN_DIR/metrics.jsonl      one JSON object a step, only ever appended to",
+        "RUN_DIR/checkpoints/       see checkpoints.md",
+        "RUN_DIR/logs/rank-<n>.log  what each rank logged",
+        "RUN_DIR/report/            pictures, by `ringctx plot RUN_DIR`",
+        "RUN_DIR/wandb/, wandb-id   only with tracking.wandb",
+        "```",
+        "",
+        "A line of metrics.jsonl:",
+        "",
+        "| field | meaning |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {text} |" for name, text in texts.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -100,16 +129,16 @@ def _cell(tests: list[str], place: str) -> str:
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
-    value = field.default
+    value = field.default or "required" if field.name == "path" else field.default
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def _field_texts() -> dict[str, dict[str, str]]:
-    """The string under each field of each config dataclass."""
-    assert config_module.__file__ is not None
-    tree = ast.parse(Path(config_module.__file__).read_text())
+def _field_texts(module: ModuleType) -> dict[str, dict[str, str]]:
+    """The string under each field of each dataclass of a module."""
+    assert module.__file__ is not None
+    tree = ast.parse(Path(module.__file__).read_text())
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):

@@ -46,6 +46,11 @@ def world_group(device: str, *, timeout: timedelta) -> Iterator[World]:
     on_cuda = device != "cpu" and torch.cuda.is_available()
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else None
     if local is not None:
+        if local.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {global_rank()} is number {local.index} on this node, which has "
+                f"{torch.cuda.device_count()} GPUs; start fewer (--nproc), or set train.device=cpu"
+            )
         torch.cuda.set_device(local)
         # NCCL's flight recorder: what each rank was doing when a collective hung.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")

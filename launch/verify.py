@@ -47,10 +47,19 @@ class Comparison:
     cp_degree: int
     loss: float
     loss_alone: float
-    largest: float
-    """Largest difference of a gradient entry, relative to that gradient's largest entry."""
-    parameter: str
-    """Where the largest difference is."""
+    differences: dict[str, float]
+    """By parameter: largest difference of a gradient entry, relative to its largest entry."""
+
+    @property
+    def parameter(self) -> str:
+        """Whose gradient differs most."""
+        # NaN compares false with everything, so it must win here.
+        return max(self.differences, key=lambda name: _nan_last(self.differences[name]))
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of any gradient."""
+        return self.differences[self.parameter]
 
     @property
     def loss_difference(self) -> float:
@@ -70,11 +79,10 @@ def _verify(config: Config, world: World) -> int:
     tolerance = TOLERANCES[config.train.dtype]
     run = agree(lambda: make_run_plan(config, world_size=world.size), error=ConfigError)
     for result in compare(run, world=world):
-        # A gradient that is not a number must not pass.
-        parts = (result.largest, result.loss_difference)
-        worst = max(worst, *(part if part == part else float("inf") for part in parts))
+        worst = max(worst, _nan_last(result.largest), _nan_last(result.loss_difference))
         if world.rank == 0:
             sys.stdout.write(_line(result) + "\n")
+            sys.stdout.writelines(_wrong_gradients(result, tolerance))
     if world.rank == 0:
         verdict = "equal to one process" if worst <= tolerance else "NOT equal to one process"
         sys.stdout.write(
@@ -100,8 +108,8 @@ def compare(run: RunPlan, *, world: World) -> Iterator[Comparison]:
         run.dataset, run.plan, shard_for=lambda n: row_shard(mesh.for_length(n), bucket_len=n)
     )
     for step in _first_steps(run):
-        bucket_len = run.plan.step(step).bucket_len
-        num_targets = run.plan.step(step).num_targets
+        planned = run.plan.step(step)
+        bucket_len, num_targets = planned.bucket_len, planned.num_targets
         loss_sum = accumulate_gradients(
             engine,
             list(loader.step(step)),
@@ -115,14 +123,13 @@ def compare(run: RunPlan, *, world: World) -> Iterator[Comparison]:
         answer: list[Comparison | None] = [None]
         if world.rank == 0:
             alone, reference = _one_process(run, step=step, device=world.device)
-            name, largest = _largest_difference(grads, reference)
+            differences = _differences(grads, reference)
             answer[0] = Comparison(
                 bucket_len=bucket_len,
-                cp_degree=mesh.for_length(bucket_len).steps.cp_degree,
+                cp_degree=mesh.for_length(bucket_len).sizes.cp_degree,
                 loss=float(loss_sum) / num_targets,
                 loss_alone=alone,
-                largest=largest,
-                parameter=name,
+                differences=differences,
             )
         dist.broadcast_object_list(answer, src=0)
         assert answer[0] is not None
@@ -132,9 +139,10 @@ def compare(run: RunPlan, *, world: World) -> Iterator[Comparison]:
 def _first_steps(run: RunPlan) -> list[int]:
     """The first step of each sequence length of the run."""
     first: dict[int, int] = {}
+    num_lengths = len(run.plan.bucket_lens)
     for step in range(run.num_steps):
         first.setdefault(run.plan.bucket_len(step), step)
-        if len(first) == len(run.plan.bucket_lens):
+        if len(first) == num_lengths:
             break
     return [first[length] for length in sorted(first)]
 
@@ -159,7 +167,7 @@ def _one_process(
     model = _whole_model(config).to(device)
     solo = StepLayout(cp_degree=1, dp_degree=1, rows=1)
     mesh = ContextMesh(
-        group=SoloGroup(), cp_rank=0, dp_rank=0, steps=solo, layout="contiguous", schedule="auto"
+        group=SoloGroup(), cp_rank=0, dp_rank=0, sizes=solo, layout="contiguous", schedule="auto"
     )
     shard = RowShard(
         dp_rank=0, dp_degree=1, rows=1, positions=np.arange(planned.bucket_len, dtype=np.int64)
@@ -196,23 +204,31 @@ def _starting_value(name: str, shape: torch.Size, *, config: Config) -> Tensor:
     return value + 0.1 * noise
 
 
-def _largest_difference(
-    grads: dict[str, Tensor], reference: dict[str, Tensor]
-) -> tuple[str, float]:
+def _differences(grads: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
     assert grads.keys() == reference.keys()
-    differences = {
+    return {
         name: float((grads[name] - reference[name]).abs().max() / reference[name].abs().max())
         for name in reference
     }
-    # NaN compares false with everything, so it must win here.
-    return max(differences.items(), key=lambda item: (item[1] != item[1], item[1]))
+
+
+def _nan_last(value: float) -> float:
+    """A difference that is not a number is the worst of all."""
+    return value if value == value else float("inf")
+
+
+def _wrong_gradients(result: Comparison, tolerance: float) -> Iterator[str]:
+    """One line for each gradient beyond the tolerance."""
+    for name, difference in result.differences.items():
+        if not difference <= tolerance:
+            yield f"    {name}: {difference:.1e}\n"
 
 
 def _line(result: Comparison) -> str:
     return (
         f"len {result.bucket_len:>9,}  cp {result.cp_degree:>2}  loss {result.loss:.6f} "
-        f"(one process {result.loss_alone:.6f})  largest gradient difference "
-        f"{result.largest:.1e} in {result.parameter}"
+        f"(differs by {result.loss_difference:.1e})  gradients differ by at most "
+        f"{result.largest:.1e} ({result.parameter})"
     )
 
 

@@ -59,15 +59,15 @@ class ContextMesh:
     """Index of this rank in `group`."""
     dp_rank: int
     """Index of `group` among the groups of the world."""
-    steps: StepLayout
-    """The sizes."""
+    sizes: StepLayout
+    """How rows of this length are spread."""
     layout: str
     """Which tokens of a row a rank holds."""
     schedule: str
     """What travels in the ring."""
 
 
-def largest_cp_degree(world_size: int, parallel: ParallelConfig) -> int:
+def _largest_cp_degree(world_size: int, parallel: ParallelConfig) -> int:
     """The largest power of two that divides the world, within `parallel.max_cp_degree`."""
     whole = world_size & -world_size
     return min(whole, parallel.max_cp_degree or whole)
@@ -84,7 +84,7 @@ def step_layout(bucket_len: int, *, world_size: int, parallel: ParallelConfig) -
     Raises:
         ConfigError: if no allowed degree can hold the length, or the length is too short to be cut.
     """
-    limit = largest_cp_degree(world_size, parallel)
+    limit = _largest_cp_degree(world_size, parallel)
     per_rank = parallel.tokens_per_rank
     automatic = parallel.cp_degree == "auto"
     cp = max(1, bucket_len // per_rank) if automatic else int(parallel.cp_degree)
@@ -149,14 +149,14 @@ class Mesh:
         }
         self._meshes = {
             length: ContextMesh(
-                group=groups[steps.cp_degree],
-                cp_rank=world.rank % steps.cp_degree,
-                dp_rank=world.rank // steps.cp_degree,
-                steps=steps,
+                group=groups[sizes.cp_degree],
+                cp_rank=world.rank % sizes.cp_degree,
+                dp_rank=world.rank // sizes.cp_degree,
+                sizes=sizes,
                 layout=parallel.layout,
                 schedule=parallel.schedule,
             )
-            for length, steps in layouts.items()
+            for length, sizes in layouts.items()
         }
 
     def for_length(self, bucket_len: int) -> ContextMesh:

@@ -149,7 +149,7 @@ class CurriculumConfig:
     odds: Literal["uniform", "grow_p2"] = "grow_p2"
     """How likely a bucket is drawn: uniform: equal; grow_p2: twice as likely as the next longer."""
     cycles: int = 8
-    """Passes from short to long over the training; each takes an equal part of every bucket."""
+    """Passes of the training, each over an equal part of every bucket; grow_p2 grows in each."""
     min_len: int = 256
     """Shortest sequence, a power of two; shorter remainders of documents are dropped."""
     max_len: int = 8192
@@ -172,8 +172,8 @@ class CurriculumConfig:
                     f"{self.max_len:,} must be powers of two with 2 <= min_len <= max_len",
                 ),
                 (
-                    self.cycles >= 1,
-                    f"curriculum.cycles={self.cycles} must be at least 1; the paper uses 8",
+                    1 <= self.cycles <= 10_000,
+                    f"curriculum.cycles={self.cycles} must lie in 1 to 10,000; the paper uses 8",
                 ),
                 (
                     not powers or (self.tokens_per_step > 0 and low == self.tokens_per_step),
@@ -198,11 +198,11 @@ class ParallelConfig:
     cp_degree: int | Literal["auto"] = "auto"
     """Ranks that share a sequence: auto follows the length (max(1, len / tokens_per_rank))."""
     max_cp_degree: int | None = None
-    """Largest ring that auto may choose; null: as many ranks as the world allows."""
+    """Longest ring; lengths that need more are refused. Null: as long as the world allows."""
     layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
     """Which tokens of a sequence a rank holds; zigzag and striped balance causal work."""
     schedule: Literal["auto", "one_way"] = "auto"
-    """What travels in the ring: one_way sends K/V to the next rank."""
+    """What travels in the ring. one_way: K/V, to the next rank; auto: the cheapest, now one_way."""
     engine: Literal["fsdp2", "ddp"] = "fsdp2"
     """fsdp2 shards weights, gradients and optimizer over all ranks; ddp keeps a copy on each."""
 

@@ -58,14 +58,15 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
         if key not in known:
             problems.append(_unknown(f"{name}.{key}", key, known))
             continue
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{name}.{key}={value} must be a finite number")
-            continue
         try:
             OmegaConf.update(node, key, _with_unit(node, key, value))
         except OmegaConfBaseException as error:
             rule = "must not be null" if value is None else str(error).splitlines()[0]
             problems.append(f"{name}.{key}={value!r}: {rule}")
+            continue
+        now = OmegaConf.select(node, key)
+        if isinstance(now, float) and not math.isfinite(now):
+            problems.append(f"{name}.{key}={value} must be a finite number")
     if problems:
         raise ConfigError("\n".join(problems))
     return OmegaConf.to_object(node)

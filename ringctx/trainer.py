@@ -23,7 +23,7 @@ from ringctx.config import Config
 from ringctx.config_file import config_to_dict, config_to_yaml
 from ringctx.data import Loader, Microbatch, RowShard, Step
 from ringctx.errors import ConfigError, TrainingError
-from ringctx.model import Transformer, initialise
+from ringctx.model import Transformer, flops_per_token, initialise, parameter_count
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.optim import learning_rate, make_optimizer
 from ringctx.parallel import positions
@@ -160,7 +160,7 @@ class Trainer:
             grad_norm=norm,
             bucket_len=planned.bucket_len,
             num_sequences=planned.pieces.shape[0],
-            cp_degree=mesh.steps.cp_degree,
+            cp_degree=mesh.sizes.cp_degree,
             step_time_s=largest[0],
             tokens_per_s=num_tokens / largest[0],
             comm_exposed_s=largest[1],
@@ -230,7 +230,7 @@ class Trainer:
         run_dir = Path(config.train.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(config_to_yaml(config))
-        for line in layout_table(self.run):
+        for line in (*layout_table(self.run), _model_line(self.run)):
             _LOG.info(line)
         return Tracker(
             run_dir,
@@ -282,13 +282,13 @@ def row_shard(mesh: ContextMesh, *, bucket_len: int) -> RowShard:
     held = positions(
         bucket_len,
         rank=mesh.cp_rank,
-        world_size=mesh.steps.cp_degree,
+        world_size=mesh.sizes.cp_degree,
         layout=mesh.layout,
     )
     return RowShard(
         dp_rank=mesh.dp_rank,
-        dp_degree=mesh.steps.dp_degree,
-        rows=mesh.steps.rows,
+        dp_degree=mesh.sizes.dp_degree,
+        rows=mesh.sizes.rows,
         positions=held.numpy(),
     )
 
@@ -325,6 +325,18 @@ def accumulate_gradients(
             (loss_sum * (world.size / num_targets)).backward()
         total += loss_sum.detach()
     return total
+
+
+def _model_line(run: RunPlan) -> str:
+    model = run.config.model
+    costs = [
+        f"{flops_per_token(model, seq_len=length) / 1e6:,.1f} at {length:,}"
+        for length in sorted({min(run.layouts), max(run.layouts)})
+    ]
+    return (
+        f"model: {parameter_count(model):,} parameters; MFLOP a token, forward and backward, "
+        f"causal: {', '.join(costs)} tokens"
+    )
 
 
 def _not_finite(step: int, norm: float) -> TrainingError:

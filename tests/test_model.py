@@ -30,7 +30,7 @@ def solo_mesh() -> ContextMesh:
         group=SoloGroup(),
         cp_rank=0,
         dp_rank=0,
-        steps=StepLayout(cp_degree=1, dp_degree=1, rows=1),
+        sizes=StepLayout(cp_degree=1, dp_degree=1, rows=1),
         layout="contiguous",
         schedule="auto",
     )

@@ -21,7 +21,7 @@ data: {{path: {folder}/dataset}}
 curriculum: {{odds: grow_p2, cycles: 2, min_len: 16, max_len: 128, tokens_per_step: 256}}
 parallel: {{tokens_per_rank: 128}}
 optim: {{lr: 1e-2, warmup_steps: 4}}
-train: {{run_dir: {folder}/run, steps: 20, loss_chunk: 50}}
+train: {{run_dir: {folder}/run, steps: 20, loss_chunk: 50, device: cpu}}
 checkpoint: {{every: null}}
 """
 

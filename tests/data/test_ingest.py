@@ -142,6 +142,8 @@ def test_more_than_one_percent_of_undecodable_texts_stop_the_build(tmp_path: Pat
     ("line", "message"),
     [
         ('{"text": "cut', r"a\.jsonl:3: not valid JSON"),
+        ("[" * 100_000, r"a\.jsonl:3: not valid JSON"),
+        ("9" * 5_000, r"a\.jsonl:3: not valid JSON"),
         ('{"body": "x"}', r'a\.jsonl:3: expected an object with a string under "text", .* body'),
         ('{"text": 5}', r"a\.jsonl:3: expected an object with a string"),
         ('{"text": null}', r"a\.jsonl:3: expected"),

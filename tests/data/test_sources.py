@@ -107,3 +107,10 @@ def test_rejects_a_pattern_that_nothing_matches(tree: Path, glob: str) -> None:
 def test_rejects_a_pattern_that_is_none(tree: Path, glob: str) -> None:
     with pytest.raises(ConfigError, match="not a pattern inside the folder"):
         found(tree, glob=glob)
+
+
+def test_rejects_inputs_that_reach_a_file_twice(tree: Path) -> None:
+    with pytest.raises(ConfigError, match=r"two inputs reach .*b/c/d/four\.py"):
+        find_sources([tree, tree / "b"], glob="**/*", group_by=parse_group_by("file"))
+    apart = find_sources([tree / "a", tree / "b"], glob="**/*", group_by=parse_group_by("file"))
+    assert len(apart) == 5

@@ -10,7 +10,7 @@ from ringctx.launch import verify
 from ringctx.parallel.mesh import World
 from ringctx.trainer import accumulate_gradients
 from tests.ranks import run_ranks
-from tests.tiny import run_plan, world, write_config, write_dataset
+from tests.tiny import read_config, run_plan, world, write_config, write_dataset
 
 
 @pytest.fixture
@@ -47,16 +47,39 @@ def test_every_layout_equals_one_process(folder: Path, layout: str, engine: str)
         assert result.largest < 1e-4, result.parameter
 
 
+def halved(*args: object, world: World, **options: object) -> torch.Tensor:
+    """Gradients half as large as they should be on two ranks."""
+    smaller = World(rank=world.rank, size=1, device=world.device)
+    return accumulate_gradients(*args, world=smaller, **options)  # type: ignore[arg-type]
+
+
 def test_a_wrong_loss_scale_is_found(folder: Path) -> None:
     results = run_ranks(2, _compare_with_a_wrong_scale, folder)
     assert all(abs(result.largest - 0.5) < 0.01 for result in results[0])
 
 
 def _compare_with_a_wrong_scale(folder: Path) -> list[verify.Comparison]:
-    def halved(*args: object, world: World, **options: object) -> torch.Tensor:
-        smaller = World(rank=world.rank, size=1, device=world.device)
-        return accumulate_gradients(*args, world=smaller, **options)  # type: ignore[arg-type]
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "accumulate_gradients", halved)
         return _compare(folder, ("parallel.tokens_per_rank=64",))
+
+
+def _verify_with_a_wrong_scale(folder: Path) -> int:
+    config = read_config(folder, "parallel.tokens_per_rank=64", "train.steps=5")
+    right = verify._verify(config, world())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "accumulate_gradients", halved)
+        return right * 10 + verify._verify(config, world())
+
+
+def test_the_exit_code_is_1_if_and_only_if_something_differs(folder: Path) -> None:
+    assert run_ranks(2, _verify_with_a_wrong_scale, folder) == [1, 1]
+
+
+def test_a_gradient_that_is_no_number_is_the_largest_difference() -> None:
+    result = verify.Comparison(
+        bucket_len=16, cp_degree=1, loss=1.0, loss_alone=1.0,
+        differences={"a": 0.5, "b": float("nan"), "c": 0.1},
+    )  # fmt: skip
+    assert result.parameter == "b"
+    assert list(verify._wrong_gradients(result, 0.2)) == ["    a: 5.0e-01\n", "    b: nan\n"]

@@ -91,7 +91,7 @@ def _check_groups() -> tuple[int, int, int]:
     mesh = Mesh([64, 128, 256], world=world, parallel=ParallelConfig(tokens_per_rank=64))
     for length, degree in ((64, 1), (128, 2), (256, 4)):
         shared = mesh.for_length(length)
-        assert shared.group.size() == shared.steps.cp_degree == degree
+        assert shared.group.size() == shared.sizes.cp_degree == degree
         assert shared.group.rank() == shared.cp_rank == rank % degree
         assert shared.dp_rank == rank // degree
     pair = mesh.for_length(128).group
