@@ -11,17 +11,17 @@ Positions rise within a shard in all three, so a rank's own block pair is one ca
 Source: zigzag: zhuzilin/ring-flash-attention#2; striped: Brandon et al. 2023 (arXiv 2311.09431).
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ringctx.config import Layout
 from ringctx.errors import LayoutError
 from ringctx.parallel import comm
 
-__all__ = ["LAYOUTS", "Layout", "check_layout", "local_len", "positions", "shard", "unshard"]
+__all__ = ["LAYOUTS", "check_layout", "local_len", "positions", "shard", "unshard"]
 
-Layout = Literal["contiguous", "zigzag", "striped"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 

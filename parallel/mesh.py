@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ringctx.config import ParallelConfig
+from ringctx.config import Layout, ParallelConfig, Schedule
 from ringctx.errors import ConfigError
 from ringctx.parallel.comm import Group, SoloGroup
 
@@ -61,9 +61,9 @@ class ContextMesh:
     """Index of `group` among the groups of the world."""
     sizes: StepLayout
     """How rows of this length are spread."""
-    layout: str
+    layout: Layout
     """Which tokens of a row a rank holds."""
-    schedule: str
+    schedule: Schedule
     """What travels in the ring."""
 
 

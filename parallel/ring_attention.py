@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
+from ringctx.config import Schedule
 from ringctx.errors import LayoutError
 from ringctx.ops.block_attention import block_backward, block_forward, check_heads
 from ringctx.ops.lse import merge_
@@ -29,9 +30,8 @@ from ringctx.parallel import comm
 from ringctx.parallel.layout import local_len
 from ringctx.parallel.mask import PairSlice, visible_slices
 
-__all__ = ["Schedule", "ring_attention"]
+__all__ = ["ring_attention"]
 
-Schedule = Literal["auto", "one_way"]
 
 # Tags of the first tensor of each kind; K and dK take the tag itself, V and dV the next.
 _KV_TAG = 0

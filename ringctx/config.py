@@ -16,12 +16,17 @@ __all__ = [
     "Config",
     "CurriculumConfig",
     "DataConfig",
+    "Layout",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "Schedule",
     "TrackingConfig",
     "TrainConfig",
 ]
+
+Layout = Literal["contiguous", "zigzag", "striped"]
+Schedule = Literal["auto", "one_way"]
 
 
 def _is_power_of_two(n: int) -> bool:
@@ -199,9 +204,9 @@ class ParallelConfig:
     """Ranks that share a sequence: auto follows the length (max(1, len / tokens_per_rank))."""
     max_cp_degree: int | None = None
     """Longest ring; lengths that need more are refused. Null: as long as the world allows."""
-    layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
+    layout: Layout = "zigzag"
     """Which tokens of a sequence a rank holds; zigzag and striped balance causal work."""
-    schedule: Literal["auto", "one_way"] = "auto"
+    schedule: Schedule = "auto"
     """What travels in the ring. one_way: K/V, to the next rank; auto: the cheapest, now one_way."""
     engine: Literal["fsdp2", "ddp"] = "fsdp2"
     """fsdp2 shards weights, gradients and optimizer over all ranks; ddp keeps a copy on each."""
