@@ -10,6 +10,7 @@ import logging
 import netrc
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -132,7 +133,13 @@ class _Console:
         self._every, self._last = config.log_every, num_steps - 1
         self._start, self._first = time.monotonic(), first_step
         self._bar = (
-            tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            tqdm(
+                total=num_steps,
+                initial=first_step,
+                unit="step",
+                # Some terminals say that they are 0 wide; this then says 80.
+                ncols=shutil.get_terminal_size().columns,
+            )
             if sys.stderr.isatty()
             else None
         )

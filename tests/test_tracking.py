@@ -110,3 +110,30 @@ def test_wandb_goes_offline_without_asking_for_a_key_and_keeps_its_id(tmp_path: 
     assert all(run.stem == f"run-{run_id}" for run in runs)
     assert all(run.stat().st_size > 100 for run in runs)
     assert len(read_metrics(tmp_path)) == 2
+
+
+PROGRESS_RUN = """
+import sys
+from pathlib import Path
+from tests.test_tracking import record, tracker
+with tracker(Path(sys.argv[1])) as sink:
+    for step in range(5):
+        sink.log(record(step))
+"""
+
+
+def test_a_terminal_shows_a_bar_with_loss_speed_and_length(tmp_path: Path) -> None:
+    # Of no known width, as some terminals are.
+    controller, terminal = pty.openpty()
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRESS_RUN, str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        stderr=terminal,
+        timeout=60,
+    )
+    os.close(terminal)
+    shown = os.read(controller, 65_536).decode()
+    os.close(controller)
+    assert result.returncode == 0
+    assert "5/5" in shown
+    assert "loss 1.5000  1,000 tok/s  len 256 (cp 1)" in shown
