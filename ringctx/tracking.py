@@ -137,8 +137,9 @@ class _Console:
                 total=num_steps,
                 initial=first_step,
                 unit="step",
-                # Some terminals say that they are 0 wide; this then says 80.
+                # Some terminals say that they are 0 wide and 0 high; tqdm would then show nothing.
                 ncols=shutil.get_terminal_size().columns,
+                nrows=shutil.get_terminal_size().lines,
             )
             if sys.stderr.isatty()
             else None
