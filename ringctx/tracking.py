@@ -137,7 +137,7 @@ class _Console:
                 total=num_steps,
                 initial=first_step,
                 # Without the bar itself: 80 columns are needed for the rest.
-                bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+                bar_format="{percentage:3.0f}% {n}/{total} [{elapsed}<{remaining}{postfix}]",
                 # Some terminals say that they are 0 wide and 0 high; tqdm would then show nothing.
                 ncols=shutil.get_terminal_size().columns,
                 nrows=shutil.get_terminal_size().lines,
