@@ -331,7 +331,7 @@ def _model_line(run: RunPlan) -> str:
     model = run.config.model
     costs = [
         f"{flops_per_token(model, seq_len=length) / 1e6:,.1f} at {length:,}"
-        for length in sorted({min(run.layouts), max(run.layouts)})
+        for length in sorted(run.layouts)[:: max(1, len(run.layouts) - 1)]
     ]
     return (
         f"model: {parameter_count(model):,} parameters; MFLOP a token, forward and backward, "
