@@ -248,8 +248,10 @@ def _trainer_state(path: Path) -> dict[str, Any]:
 def _set_aside_later(folder: Path, step: int) -> None:
     for path in _steps(folder):
         if path.name > _name(step):
-            aside = folder / f"abandoned-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
+            aside, number = folder / f"abandoned-{path.name}", 1
+            while aside.exists():
+                number += 1
+                aside = folder / f"abandoned-{path.name}-{number}"
             path.rename(aside)
             _LOG.warning("%s is of steps that are taken anew: renamed to %s", path, aside.name)
 

@@ -131,6 +131,19 @@ def test_going_back_gives_up_the_later_steps_and_goes_on_from_there(folder: Path
     assert all(rate > 0.05 for rate in rates[2:])
 
 
+def test_an_abandoned_checkpoint_is_never_overwritten_by_the_next(folder: Path) -> None:
+    for _ in range(2):
+        train(folder, "checkpoint.resume=2", "train.stop_after=4")
+    assert checkpoints(folder) == [
+        "abandoned-step-00000004",
+        "abandoned-step-00000004-2",
+        "abandoned-step-00000006",
+        "latest",
+        "step-00000002",
+        "step-00000004",
+    ]
+
+
 def test_a_save_killed_between_its_renames_is_found_again(folder: Path) -> None:
     saves = folder / "run/checkpoints"
     (saves / "step-00000006").rename(saves / "step-00000006.old")
