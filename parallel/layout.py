@@ -11,6 +11,7 @@ Positions rise within a shard in all three, so a rank's own block pair is one ca
 Source: zigzag: zhuzilin/ring-flash-attention#2; striped: Brandon et al. 2023 (arXiv 2311.09431).
 """
 
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -20,9 +21,81 @@ from ringctx.config import Layout
 from ringctx.errors import LayoutError
 from ringctx.parallel import comm
 
-__all__ = ["LAYOUTS", "check_layout", "local_len", "positions", "shard", "unshard"]
+__all__ = [
+    "LAYOUTS",
+    "Piece",
+    "Run",
+    "Sharding",
+    "check_layout",
+    "local_len",
+    "positions",
+    "shard",
+    "unshard",
+]
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Local rows [start, start + length) that hold positions first, first + stride, ..."""
+
+    start: int
+    length: int
+    first: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of the shard of rank `owner`."""
+
+    owner: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Rows in it."""
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> slice:
+        """To index the owner's shard with."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """A sequence, and how its tokens are spread over `world_size` ranks."""
+
+    seq_len: int
+    world_size: int
+    layout: str
+
+    def __post_init__(self) -> None:
+        """Raise LayoutError unless the sequence divides."""
+        local_len(self.seq_len, world_size=self.world_size, layout=self.layout)
+
+    @property
+    def local_len(self) -> int:
+        """Tokens of one shard."""
+        return self.seq_len // self.world_size
+
+    def runs(self, rank: int) -> tuple[Run, ...]:
+        """The shard of `rank` as pieces of evenly spaced positions, in local order."""
+        n = self.local_len
+        if self.layout == "striped":
+            return (Run(0, n, rank, self.world_size),)
+        if self.layout == "contiguous" or self.world_size == 1:
+            return (Run(0, n, rank * n, 1),)
+        half = n // 2
+        back = (2 * self.world_size - 1 - rank) * half
+        return (Run(0, half, rank * half, 1), Run(half, half, back, 1))
+
+    def shard(self, rank: int) -> Piece:
+        """All that `rank` holds."""
+        return Piece(rank, 0, self.local_len)
 
 
 def check_layout(layout: str) -> None:
@@ -76,16 +149,11 @@ def positions(seq_len: int, *, rank: int, world_size: int, layout: str) -> Tenso
     Raises:
         LayoutError: if the layout is unknown, the length does not divide, or there is no such rank.
     """
-    length = local_len(seq_len, world_size=world_size, layout=layout)
+    local_len(seq_len, world_size=world_size, layout=layout)
     if not 0 <= rank < world_size:
         raise LayoutError(f"rank={rank} is not in a group of world_size={world_size}")
-    if layout == "striped":
-        return torch.arange(rank, seq_len, world_size)
-    if layout == "contiguous" or world_size == 1:
-        return torch.arange(rank * length, (rank + 1) * length)
-    half = length // 2
-    front, back = rank * half, (2 * world_size - 1 - rank) * half
-    return torch.cat([torch.arange(front, front + half), torch.arange(back, back + half)])
+    runs = Sharding(seq_len, world_size, layout).runs(rank)
+    return torch.cat([run.first + run.stride * torch.arange(run.length) for run in runs])
 
 
 def shard(x: Tensor, *, rank: int, world_size: int, layout: str, dim: int = 1) -> Tensor:

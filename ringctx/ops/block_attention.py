@@ -11,7 +11,9 @@ computed anywhere, in any order. Kernels, chosen by device, dtype and head dim b
     naive            all else, slowly: matrix products in fp32 or fp64, a tile of rows at a time
 
 Price: low-precision inputs round each block's result once; `lse.merge_` joins them in fp32.
-Causal blocks are square: CPU kernels align the diagonal top-left, flash-attn bottom-right.
+Masked blocks are square: CPU kernels align the diagonal top-left, flash-attn bottom-right. An
+anticausal block, the lower edge of a window, is a causal one with time reversed: where a kernel has
+no such mask itself, its inputs are copied in reverse order.
 Shapes: B batch, T query tokens, S key tokens, H heads, Hkv key/value heads, D head dim.
 """
 
@@ -24,9 +26,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from ringctx.errors import LayoutError
-from ringctx.ops.naive import naive_block_backward, naive_block_forward
+from ringctx.ops.naive import BlockMask, naive_block_backward, naive_block_forward
 
-__all__ = ["Kernel", "block_backward", "block_forward", "check_heads", "choose_kernel"]
+__all__ = [
+    "BlockMask",
+    "Kernel",
+    "block_backward",
+    "block_forward",
+    "check_heads",
+    "choose_kernel",
+]
 
 Kernel = Literal["cpu_flash", "cuda_flash", "cuda_efficient", "naive"]
 
@@ -90,7 +99,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def block_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend one block pair.
 
@@ -98,17 +107,22 @@ def block_forward(
         q: `[B, T, H, D]`; may be a view of some rows, like k and v.
         k: `[B, S, Hkv, D]`.
         v: `[B, S, Hkv, D]`.
-        causal: query i sees keys 0 .. i; only for T = S.
+        mask: "full"; or, only for T = S, "causal": query i sees keys 0 .. i, or "anticausal":
+            query i sees keys i .. T-1.
         scale: factor on the scores.
 
     Returns:
         `(out, lse)`: `[B, T, H, D]` in the dtype of q, and contiguous `[B, H, T]` in fp32 (fp64 for
         fp64), natural log, over this block's keys alone.
     """
-    _check_block(q, k, causal=causal)
-    forward = _KERNELS[choose_kernel(q.device.type, q.dtype, q.shape[3])].forward
+    _check_block(q, k, mask=mask)
+    kernel = _KERNELS[choose_kernel(q.device.type, q.dtype, q.shape[3])]
+    if mask == "anticausal" and not kernel.has_anticausal:
+        q, k, v = (x.flip(1) for x in (q, k, v))
+        out, lse = block_forward(q, k, v, mask="causal", scale=scale)
+        return out.flip(1), lse.flip(2)
     q, k, v = (_dense_heads(x) for x in (q, k, v))
-    out, lse = forward(q, k, v, causal=causal, scale=scale)
+    out, lse = kernel.forward(q, k, v, mask=mask, scale=scale)
     return out, _normalised_lse(lse, q)
 
 
@@ -120,7 +134,7 @@ def block_backward(
     *,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    mask: BlockMask,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One block pair's share of the gradients, given the result over all keys.
@@ -132,22 +146,29 @@ def block_backward(
         v: as in `block_forward`.
         out: final output of these queries, over all their keys, `[B, T, H, D]`.
         lse: final lse of these queries, `[B, H, T]`.
-        causal: as in `block_forward`.
+        mask: as in `block_forward`.
         scale: as in `block_forward`.
 
     Returns:
         `(grad_q, grad_k, grad_v)`, shaped and typed as q, k and v.
     """
-    _check_block(q, k, causal=causal)
-    backward = _KERNELS[choose_kernel(q.device.type, q.dtype, q.shape[3])].backward
+    _check_block(q, k, mask=mask)
+    kernel = _KERNELS[choose_kernel(q.device.type, q.dtype, q.shape[3])]
+    if mask == "anticausal" and not kernel.has_anticausal:
+        grad_out, q, k, v, out = (x.flip(1) for x in (grad_out, q, k, v, out))
+        grads = block_backward(
+            grad_out, q, k, v, out=out, lse=lse.flip(2), mask="causal", scale=scale
+        )
+        grad_q, grad_k, grad_v = (grad.flip(1) for grad in grads)
+        return grad_q, grad_k, grad_v
     grad_out, q, k, v, out = (_dense_heads(x) for x in (grad_out, q, k, v, out))
-    return backward(grad_out, q, k, v, out=out, lse=lse, causal=causal, scale=scale)
+    return kernel.backward(grad_out, q, k, v, out=out, lse=lse, mask=mask, scale=scale)
 
 
-def _check_block(q: Tensor, k: Tensor, *, causal: bool) -> None:
+def _check_block(q: Tensor, k: Tensor, *, mask: BlockMask) -> None:
     # The CPU kernel divides by the number of keys: an empty block would kill the process.
     assert q.numel() and k.numel(), (q.shape, k.shape)
-    assert not causal or q.shape[1] == k.shape[1], (q.shape, k.shape)
+    assert mask == "full" or q.shape[1] == k.shape[1], (q.shape, k.shape)
 
 
 def _dense_heads(x: Tensor) -> Tensor:
@@ -169,10 +190,10 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def _cpu_flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
 ) -> tuple[Tensor, Tensor]:
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = attend(*_heads_first(q, k, v), 0.0, causal, scale=scale)
+    out, lse = attend(*_heads_first(q, k, v), 0.0, mask == "causal", scale=scale)
     return out.transpose(1, 2), lse
 
 
@@ -184,20 +205,23 @@ def _cpu_flash_backward(
     *,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    mask: BlockMask,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     inputs = _heads_first(grad_out, q, k, v, out)
-    grad_q, grad_k, grad_v = _heads_first(*differentiate(*inputs, lse, 0.0, causal, scale=scale))
+    grad_q, grad_k, grad_v = _heads_first(
+        *differentiate(*inputs, lse, 0.0, mask == "causal", scale=scale)
+    )
     return grad_q, grad_k, grad_v
 
 
 def _cuda_flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
 ) -> tuple[Tensor, Tensor]:
+    inputs = (q, k, v, None, None, q.shape[1], k.shape[1])
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+        *inputs, 0.0, mask == "causal", False, scale=scale, **_flash_window(mask)
     )
     return out, lse
 
@@ -210,26 +234,34 @@ def _cuda_flash_backward(
     *,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    mask: BlockMask,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Random state: read only with dropout.
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
     offset = torch.zeros((), dtype=torch.uint64, device=q.device)
     lengths = (q.shape[1], k.shape[1])
-    inputs = (grad_out, q, k, v, out, lse.contiguous(), None, None, *lengths)
+    # Not `contiguous()`, which asks for the device even when the tensor is fake.
+    if not lse.is_contiguous():
+        lse = lse.clone(memory_format=torch.contiguous_format)
+    inputs = (grad_out, q, k, v, out, lse, None, None, *lengths)
     grads = torch.ops.aten._flash_attention_backward(
-        *inputs, 0.0, causal, seed, offset, scale=scale
+        *inputs, 0.0, mask == "causal", seed, offset, scale=scale, **_flash_window(mask)
     )
     return cast(tuple[Tensor, Tensor, Tensor], tuple(grads))
 
 
+def _flash_window(mask: BlockMask) -> dict[str, int]:
+    """No key before a query's own, and any after it; by default any on both sides."""
+    return {"window_size_left": 0, "window_size_right": -1} if mask == "anticausal" else {}
+
+
 def _cuda_efficient_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
 ) -> tuple[Tensor, Tensor]:
     keys, values = (_expand_heads(x, q.shape[2]) for x in (k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        *_heads_first(q, keys, values), None, True, 0.0, causal, scale=scale
+        *_heads_first(q, keys, values), None, True, 0.0, mask == "causal", scale=scale
     )
     return out.transpose(1, 2), lse
 
@@ -242,7 +274,7 @@ def _cuda_efficient_backward(
     *,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    mask: BlockMask,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = (_expand_heads(x, q.shape[2]) for x in (k, v))
@@ -261,7 +293,7 @@ def _cuda_efficient_backward(
         state,
         0.0,
         [True, True, True, False],
-        causal,
+        mask == "causal",
         scale=scale,
     )
     grad_q, grad_k, grad_v = _heads_first(*grads[:3])
@@ -282,11 +314,14 @@ def _sum_heads(x: Tensor, kv_heads: int) -> Tensor:
 class _Passes:
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    has_anticausal: bool
 
 
 _KERNELS: dict[Kernel, _Passes] = {
-    "cpu_flash": _Passes(_cpu_flash_forward, _cpu_flash_backward),
-    "cuda_flash": _Passes(_cuda_flash_forward, _cuda_flash_backward),
-    "cuda_efficient": _Passes(_cuda_efficient_forward, _cuda_efficient_backward),
-    "naive": _Passes(naive_block_forward, naive_block_backward),
+    "cpu_flash": _Passes(_cpu_flash_forward, _cpu_flash_backward, has_anticausal=False),
+    "cuda_flash": _Passes(_cuda_flash_forward, _cuda_flash_backward, has_anticausal=True),
+    "cuda_efficient": _Passes(
+        _cuda_efficient_forward, _cuda_efficient_backward, has_anticausal=False
+    ),
+    "naive": _Passes(naive_block_forward, naive_block_backward, has_anticausal=True),
 }

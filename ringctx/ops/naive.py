@@ -6,10 +6,16 @@ any device and dtype, in fp32 (fp64 for fp64), with the scores of one tile of qu
 Shapes: B batch, T query tokens, S key tokens, H heads, Hkv key/value heads, G = H/Hkv, D head dim.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-__all__ = ["naive_attention", "naive_block_backward", "naive_block_forward"]
+__all__ = ["BlockMask", "naive_attention", "naive_block_backward", "naive_block_forward"]
+
+# Query i of a square block sees keys 0 .. i (causal), or keys i and later (anticausal).
+BlockMask = Literal["full", "causal", "anticausal"]
 
 _TILE = 256
 
@@ -20,6 +26,9 @@ def naive_attention(
     v: Tensor,
     *,
     causal: bool,
+    window: int | None = None,
+    sinks: int = 0,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     scale: float | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
@@ -31,6 +40,10 @@ def naive_attention(
         k: `[B, S, Hkv, D]`.
         v: `[B, S, Hkv, D]`.
         causal: whether a query sees only keys at its own and earlier positions.
+        window: a query sees only keys less than this many positions before its own; None for all.
+        sinks: with a window: positions at the start of each document that stay visible.
+        cu_seqlens: where documents start, and the end of the last, rising from 0; a query sees
+            only keys of its own document. None is one document.
         scale: factor on the scores; None is 1 / sqrt(D).
         q_positions: int64 `[T]`; None is 0 .. T-1.
         k_positions: int64 `[S]`; None is 0 .. S-1.
@@ -43,9 +56,15 @@ def naive_attention(
     queries = torch.arange(q.shape[1]) if q_positions is None else q_positions
     keys = torch.arange(k.shape[1]) if k_positions is None else k_positions
     scores = _scores(q, k, scale=q.shape[-1] ** -0.5 if scale is None else scale)
-    if causal:
-        hidden = keys[None, :] > queries[:, None]
-        scores = scores.masked_fill(hidden.to(q.device), -torch.inf)
+    visible = _visible(
+        queries[:, None].cpu(),
+        keys[None, :].cpu(),
+        causal=causal,
+        window=window,
+        sinks=sinks,
+        cu_seqlens=cu_seqlens,
+    )
+    scores = scores.masked_fill(~visible.to(q.device), -torch.inf)
     lse = scores.logsumexp(-1)
     # -inf - -inf in rows without keys: replaced before and after, so that no gradient is NaN.
     empty = lse == -torch.inf
@@ -53,15 +72,43 @@ def naive_attention(
     return _weighted_values(weights, v), lse.flatten(1, 2)
 
 
+def _visible(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    cu_seqlens: Tensor | Sequence[int] | None,
+) -> Tensor:
+    """The mask by its definition, from positions that broadcast: bool, True where a query sees."""
+    if cu_seqlens is None:
+        document = document_of_key = start = torch.zeros((), dtype=torch.int64)
+    else:
+        bounds = torch.as_tensor(cu_seqlens, dtype=torch.int64).cpu()
+        document, document_of_key = (
+            torch.bucketize(x, bounds, right=True) - 1 for x in (queries, keys)
+        )
+        start = bounds[document]
+    visible = (document == document_of_key).expand(
+        torch.broadcast_shapes(queries.shape, keys.shape)
+    )
+    if causal:
+        visible = visible & (keys <= queries)
+    if window is not None:
+        visible = visible & ((keys > queries - window) | (keys < start + sinks))
+    return visible
+
+
 def naive_block_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attend one block pair; see `block_attention.block_forward`."""
     wide = _accumulator_dtype(q)
     keys, values = k.to(wide), v.to(wide)
     outs, lses = [], []
     for rows in _tiles(q.shape[1]):
-        scores = _tile_scores(q[:, rows].to(wide), keys, rows, causal=causal, scale=scale)
+        scores = _tile_scores(q[:, rows].to(wide), keys, rows, mask=mask, scale=scale)
         lse = scores.logsumexp(-1)
         outs.append(_weighted_values((scores - lse.unsqueeze(-1)).exp_(), values))
         lses.append(lse.flatten(1, 2))
@@ -76,7 +123,7 @@ def naive_block_backward(
     *,
     out: Tensor,
     lse: Tensor,
-    causal: bool,
+    mask: BlockMask,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one block pair from the final lse; see `block_attention.block_backward`."""
@@ -86,7 +133,7 @@ def naive_block_backward(
     grad_qs = []
     for rows in _tiles(q.shape[1]):
         queries, grads = _grouped(q[:, rows].to(wide), k), _grouped(grad_out[:, rows].to(wide), k)
-        scores = _tile_scores(q[:, rows].to(wide), keys, rows, causal=causal, scale=scale)
+        scores = _tile_scores(q[:, rows].to(wide), keys, rows, mask=mask, scale=scale)
         weights = (scores - lse[:, :, rows].reshape(scores.shape[:-1]).unsqueeze(-1)).exp_()
         # delta: what the softmax's normalisation takes back from every score of a row.
         delta = torch.einsum("btkgd,btkgd->bkgt", grads, _grouped(out[:, rows].to(wide), k))
@@ -117,11 +164,12 @@ def _scores(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
     return torch.einsum("btkgd,bskd->bkgts", _grouped(q, k), k) * scale
 
 
-def _tile_scores(q: Tensor, k: Tensor, rows: slice, *, causal: bool, scale: float) -> Tensor:
+def _tile_scores(q: Tensor, k: Tensor, rows: slice, *, mask: BlockMask, scale: float) -> Tensor:
     scores = _scores(q, k, scale=scale)
-    if causal:
-        queries = torch.arange(rows.start, rows.stop, device=q.device)
-        hidden = torch.arange(k.shape[1], device=q.device)[None, :] > queries[:, None]
+    if mask != "full":
+        queries = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+        keys = torch.arange(k.shape[1], device=q.device)
+        hidden = keys > queries if mask == "causal" else keys < queries
         scores.masked_fill_(hidden, -torch.inf)
     return scores
 
