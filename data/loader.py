@@ -44,7 +44,10 @@ class Microbatch:
     targets: torch.Tensor
     """int64 `[rows, local_len]`: the next token, or IGNORE_INDEX where the document ends."""
     positions: torch.Tensor
-    """int64 `[local_len]`: index of each held token inside its sequence."""
+    """int64 `[local_len]`: index of each held token inside its row."""
+    cu_seqlens: tuple[int, ...] | None = None
+    """Where the documents of a packed row begin, and its end, counted over the whole row and not
+    over what this rank holds of it; None: every row is one document."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ringctx import config as config_module
 from ringctx import tracking as tracking_module
-from ringctx.config_file import sections
+from ringctx.config_file import sections, subsections
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (
@@ -60,11 +60,23 @@ def configuration_page() -> str:
     for name, section in sections().items():
         lines += ["", f"## {name}", "", str(section.__doc__), ""]
         lines += ["| key | default | meaning |", "|---|---|---|"]
-        for field in dataclasses.fields(section):
-            default = _default(field)
-            text = classes[section.__name__][field.name]
-            lines.append(f"| `{field.name}` | `{default}` | {text} |")
+        lines += _field_rows(section, classes)
     return "\n".join(lines) + "\n"
+
+
+def _field_rows(
+    section: type[Any], texts: dict[str, dict[str, str]], prefix: str = ""
+) -> list[str]:
+    """A row of the table for each field, those of a section within it right below."""
+    inner, rows = subsections(section), []
+    for field in dataclasses.fields(section):
+        default = "" if field.name in inner else f"`{_default(field)}`"
+        rows.append(
+            f"| `{prefix}{field.name}` | {default} | {texts[section.__name__][field.name]} |"
+        )
+        if field.name in inner:
+            rows += _field_rows(inner[field.name], texts, f"{prefix}{field.name}.")
+    return rows
 
 
 def run_folder_page() -> str:
@@ -132,6 +144,8 @@ def _default(field: "dataclasses.Field[Any]") -> str:
     value = field.default or "required" if field.name == "path" else field.default
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
@@ -150,7 +164,8 @@ def _field_texts(module: ModuleType) -> dict[str, dict[str, str]]:
                 and isinstance(below, ast.Expr)
                 and isinstance(below.value, ast.Constant)
             ):
-                texts[node.name][field.target.id] = str(below.value.value)
+                # A cell of a table is one line.
+                texts[node.name][field.target.id] = " ".join(str(below.value.value).split())
     return texts
 
 

@@ -1,4 +1,4 @@
-"""The command line: `ringctx data | train | verify | plot | config`.
+"""The command line: `ringctx data | train | verify | plan | plot | config`.
 
 Settings live in the YAML and in `key=value`; the few flags say where things are, not what to do.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from ringctx.config_file import config_to_yaml, load_config
 from ringctx.launch.data_commands import add_data_commands
 from ringctx.launch.entry import exit_code
+from ringctx.launch.plan_commands import add_plan_commands
 from ringctx.launch.plot import plot_run
 from ringctx.launch.torchrun import local_ranks, torchrun
 from ringctx.resume import checkpoint_folder
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ranked(
         commands, "verify", _verify, "compare this layout with one process; exit 1 if they differ"
     )
+    add_plan_commands(commands)
     plot = commands.add_parser("plot", help="draw loss, throughput and lengths of a run")
     plot.add_argument("run_dir", type=Path)
     plot.set_defaults(run=_plot)

@@ -21,7 +21,7 @@ from ringctx.launch.entry import run_on_rank
 from ringctx.model import Transformer
 from ringctx.parallel.agreement import agree
 from ringctx.parallel.comm import SoloGroup
-from ringctx.parallel.mesh import ContextMesh, Mesh, StepLayout, World
+from ringctx.parallel.mesh import Mesh, World, context_mesh
 from ringctx.parallel.model_states import Engine, whole
 from ringctx.run_plan import RunPlan, make_run_plan
 from ringctx.trainer import (
@@ -165,10 +165,7 @@ def _one_process(
     """Loss and gradients of a step by the model in one piece, a row at a time."""
     config, planned = run.config, run.plan.step(step)
     model = _whole_model(config).to(device)
-    solo = StepLayout(cp_degree=1, dp_degree=1, rows=1)
-    mesh = ContextMesh(
-        group=SoloGroup(), cp_rank=0, dp_rank=0, sizes=solo, layout="contiguous", schedule="auto"
-    )
+    mesh = context_mesh(SoloGroup(), layout="contiguous")
     shard = RowShard(
         dp_rank=0, dp_degree=1, rows=1, positions=np.arange(planned.bucket_len, dtype=np.int64)
     )
@@ -180,6 +177,7 @@ def _one_process(
             targets=batch.targets.to(device),
             positions=batch.positions.to(device),
             mesh=mesh,
+            cu_seqlens=batch.cu_seqlens,
         )
         (loss_sum / planned.num_targets).backward()
         total += float(loss_sum.detach())

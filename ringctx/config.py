@@ -12,6 +12,7 @@ from typing import Literal
 from ringctx.errors import ConfigError
 
 __all__ = [
+    "MIXERS",
     "CheckpointConfig",
     "Config",
     "CurriculumConfig",
@@ -21,12 +22,19 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "Schedule",
+    "TopologyConfig",
+    "TopologyKind",
     "TrackingConfig",
     "TrainConfig",
 ]
 
+MIXERS = {
+    "S": "softmax attention over all earlier tokens",
+    "W": "softmax attention over the last model.window of them",
+}
 Layout = Literal["contiguous", "zigzag", "striped"]
-Schedule = Literal["auto", "one_way"]
+Schedule = Literal["auto", "one_way", "two_way", "token_ring", "all_gather"]
+TopologyKind = Literal["switch", "cables", "fully_connected", "two_level"]
 
 
 def _is_power_of_two(n: int) -> bool:
@@ -51,6 +59,13 @@ class ModelConfig:
     """Width of the residual stream."""
     num_layers: int = 8
     """Transformer blocks."""
+    mixers: str = "S"
+    """A letter a layer, repeated over the layers (SSSW: every fourth has a window). S: softmax over
+    all earlier tokens; W: softmax over a sliding window."""
+    window: int | None = None
+    """W layers: tokens that a token sees, itself included."""
+    sinks: int = 0
+    """W layers: first tokens of the document that stay visible behind the window."""
     num_heads: int = 8
     """Query heads."""
     num_kv_heads: int | None = None
@@ -85,6 +100,7 @@ class ModelConfig:
         kv_heads, head_dim = self.kv_heads, self.head_width
         _require(
             [
+                *self._mixer_rules(),
                 (
                     min(self.dim, self.num_layers, self.num_heads, kv_heads, self.mlp_width) > 0,
                     "model.dim, num_layers, num_heads, num_kv_heads and mlp_dim must be positive",
@@ -111,6 +127,46 @@ class ModelConfig:
                 ),
             ]
         )
+
+    def _mixer_rules(self) -> list[tuple[bool, str]]:
+        """What pattern, window and sinks ask of one another."""
+        unknown = sorted(set(self.mixers) - MIXERS.keys())
+        known = "; ".join(f"{letter}: {meaning}" for letter, meaning in MIXERS.items())
+        windowed = "W" in self.mixers
+        return [
+            (bool(self.mixers), f"model.mixers is empty; write a letter a layer, {known}"),
+            (
+                not unknown,
+                f"model.mixers={self.mixers!r}: no layer is called {', '.join(unknown)}; write a "
+                f"letter a layer, {known}",
+            ),
+            (
+                len(self.mixers) <= max(self.num_layers, 1),
+                f"model.mixers={self.mixers!r} is longer than model.num_layers={self.num_layers}, "
+                "so the end of the pattern would never be used",
+            ),
+            (
+                not windowed or self.window is not None,
+                f"model.mixers={self.mixers!r} has W layers, which need model.window",
+            ),
+            (
+                windowed or self.window is None,
+                f"model.window={self.window} has no use: model.mixers={self.mixers!r} has no W",
+            ),
+            (
+                self.window is None or self.window > 0,
+                f"model.window={self.window} must be at least 1: a token sees itself",
+            ),
+            (
+                self.sinks == 0 or (self.sinks > 0 and self.window is not None),
+                f"model.sinks={self.sinks} must be 0, or positive with a model.window to stand "
+                "behind",
+            ),
+        ]
+
+    def mixer(self, layer: int) -> str:
+        """The letter of a layer, counted from 0."""
+        return self.mixers[layer % len(self.mixers)]
 
     @property
     def kv_heads(self) -> int:
@@ -195,6 +251,59 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TopologyConfig:
+    """How the ranks are wired; the cheapest schedule follows from it."""
+
+    kind: TopologyKind = "switch"
+    """switch: one full-duplex port a rank; cables: rank i wired to i + 1, in a circle;
+    fully_connected: a link for every pair; two_level: fast nodes on a slow switch."""
+    link_gbit: float = 400.0
+    """Gbit/s (1e9 bits) of one link in each direction; two_level: of each node's port."""
+    latency_us: float = 10.0
+    """Microseconds that every transfer takes besides its bytes."""
+    ranks_per_node: int | None = None
+    """two_level: consecutive ranks that share a node."""
+    node_gbit: float | None = None
+    """two_level: Gbit/s of one rank's port inside its node; null: 8 times link_gbit."""
+    flops: float = 3e14
+    """FLOP/s that one rank's attention kernels reach."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        node = self.ranks_per_node
+        _require(
+            [
+                (
+                    self.link_gbit > 0,
+                    f"parallel.topology.link_gbit={self.link_gbit} must be above 0",
+                ),
+                (
+                    self.latency_us >= 0,
+                    f"parallel.topology.latency_us={self.latency_us} is negative",
+                ),
+                (
+                    (node is None) == (self.kind != "two_level"),
+                    f"parallel.topology.ranks_per_node={node} with kind={self.kind}: set it for "
+                    "two_level, and only for it",
+                ),
+                (
+                    node is None or node > 0,
+                    f"parallel.topology.ranks_per_node={node} must be positive",
+                ),
+                (
+                    self.node_gbit is None or (self.node_gbit > 0 and self.kind == "two_level"),
+                    f"parallel.topology.node_gbit={self.node_gbit} must be above 0, and is only "
+                    "for kind=two_level",
+                ),
+                (
+                    self.flops > 0,
+                    f"parallel.topology.flops={self.flops} must be above 0",
+                ),
+            ]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How a step is spread over the ranks."""
 
@@ -206,8 +315,16 @@ class ParallelConfig:
     """Longest ring; lengths that need more are refused. Null: as long as the world allows."""
     layout: Layout = "zigzag"
     """Which tokens of a sequence a rank holds; zigzag and striped balance causal work."""
+    ulysses_degree: int = 1
+    """Of a ring's ranks, how many split the heads between them instead of the tokens; 1: none."""
     schedule: Schedule = "auto"
-    """What travels in the ring. one_way: K/V, to the next rank; auto: the cheapest, now one_way."""
+    """What travels in the ring. one_way: K/V, always to the next rank; two_way: K/V, both ways,
+    each block only as far as the mask needs it; token_ring: queries, and partial results home;
+    all_gather: K/V, straight to every rank that needs them; auto: the cheapest of these by the
+    formulas for the shape, the mask and the topology, in each pass by itself."""
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    """How the ranks are wired, which only `auto` and the routes ask; a section of its own, or
+    just the kind."""
     engine: Literal["fsdp2", "ddp"] = "fsdp2"
     """fsdp2 shards weights, gradients and optimizer over all ranks; ddp keeps a copy on each."""
 
@@ -230,12 +347,28 @@ class ParallelConfig:
                     f"parallel.max_cp_degree={self.max_cp_degree} must be a power of two, or null",
                 ),
                 (
+                    _is_power_of_two(self.ulysses_degree),
+                    f"parallel.ulysses_degree={self.ulysses_degree} must be a power of two, as "
+                    "every degree of context parallelism is; 1 is none",
+                ),
+                (
+                    self.ulysses_degree <= min(self._cp_bounds(), default=self.ulysses_degree),
+                    f"parallel.ulysses_degree={self.ulysses_degree} is above the "
+                    f"{min(self._cp_bounds(), default=0)} ranks that may share a sequence; lower "
+                    "it, or raise parallel.cp_degree or max_cp_degree",
+                ),
+                (
                     cp == "auto" or self.max_cp_degree is None or int(cp) <= self.max_cp_degree,
                     f"parallel.cp_degree={cp} is above parallel.max_cp_degree="
                     f"{self.max_cp_degree}; lower the one or raise the other",
                 ),
             ]
         )
+
+    def _cp_bounds(self) -> list[int]:
+        """What the settings say of the largest ring."""
+        degrees = (self.cp_degree, self.max_cp_degree)
+        return [degree for degree in degrees if isinstance(degree, int)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,3 +514,16 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns two sections."""
+        heads, degree = self.model.num_heads, self.parallel.ulysses_degree
+        _require(
+            [
+                (
+                    heads % degree == 0,
+                    f"parallel.ulysses_degree={degree} does not divide model.num_heads={heads}: "
+                    "its ranks take equal shares of the heads",
+                )
+            ]
+        )

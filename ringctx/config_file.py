@@ -25,6 +25,7 @@ __all__ = [
     "load_config",
     "parse_size",
     "sections",
+    "subsections",
 ]
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
@@ -51,12 +52,20 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
         ConfigError: listing every problem of the section.
     """
     known = [f.name for f in dataclasses.fields(section)]
+    inner = subsections(section)
+    built: dict[str, Any] = {}
     node = OmegaConf.structured(section)
     OmegaConf.set_readonly(node, False)
     problems: list[str] = []
     for key, value in values.items():
         if key not in known:
             problems.append(_unknown(f"{name}.{key}", key, known))
+            continue
+        if key in inner:
+            try:
+                built[key] = _build_named(inner[key], value, name=f"{name}.{key}")
+            except ConfigError as error:
+                problems.append(str(error))
             continue
         try:
             OmegaConf.update(node, key, _with_unit(node, key, value))
@@ -69,7 +78,8 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
             problems.append(f"{name}.{key}={value} must be a finite number")
     if problems:
         raise ConfigError("\n".join(problems))
-    return OmegaConf.to_object(node)
+    made: Any = OmegaConf.to_object(node)
+    return dataclasses.replace(made, **built)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -87,12 +97,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     problems = [_unknown(key, key, known) for key in raw if key not in known]
     built: dict[str, Any] = {}
     for name, section in classes.items():
-        values = raw[name] if raw.get(name) is not None else {}
-        if not isinstance(values, Mapping):
-            problems.append(f"{name}={values!r} must be a section with keys of its own")
-            continue
         try:
-            built[name] = build_section(section, values, name=name)
+            built[name] = _build_named(section, raw.get(name), name=name)
         except ConfigError as error:
             problems.append(str(error))
     if problems:
@@ -103,6 +109,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def sections() -> dict[str, type[Any]]:
     """The dataclass of each section, by name, in the order of the tree."""
     return get_type_hints(Config)
+
+
+def subsections(section: type[Any]) -> dict[str, type[Any]]:
+    """The fields of a section that are sections themselves, by name."""
+    return {
+        key: hint
+        for key, hint in get_type_hints(section).items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -116,6 +131,13 @@ def config_to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
 
 
+def _build_named(section: type[Any], values: Any, *, name: str) -> Any:
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name}={values!r} must be a section with keys of its own")
+    return build_section(section, values, name=name)
+
+
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         base = OmegaConf.load(path)
@@ -127,13 +149,28 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in item or item.startswith(("=", "-")):
             raise ConfigError(f"'{item}' is not an override; write section.key=value")
     try:
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        given = (base, *(OmegaConf.from_dotlist([item]) for item in overrides))
+        merged = OmegaConf.merge(*(_spelled_out(node) for node in given))
         raw = OmegaConf.to_container(merged, resolve=True)
     except Exception as error:
         raise ConfigError(f"config {path} with {list(overrides)}: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"config file {path} must hold sections, not a list")
     return {str(key): value for key, value in raw.items()}
+
+
+def _spelled_out(node: Any) -> Any:
+    """`topology: cables` as `topology: {kind: cables}`.
+
+    Before the merge, so that neither a kind replaces the other keys nor they replace the kind.
+    """
+    for name, section in sections().items():
+        for key, inner in subsections(section).items():
+            value = OmegaConf.select(node, f"{name}.{key}") if OmegaConf.is_dict(node) else None
+            if isinstance(value, str):
+                first = dataclasses.fields(inner)[0].name
+                OmegaConf.update(node, f"{name}.{key}", {first: value})
+    return node
 
 
 def _with_unit(node: Any, key: str, value: Any) -> Any:

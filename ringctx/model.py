@@ -2,14 +2,19 @@
 
 Everything but the mixer works on one token at a time, so each rank runs the model on its own shard
 of the sequence; the mixer is told, by the `ContextMesh` of the step, with whom it shares the rest.
-Positions are counted within the row, never within the shard.
+Positions are counted within the row, never within the shard; documents packed into one row keep
+that count, since RoPE only asks for distances.
 Source: Llama (arXiv 2302.13971); RoPE arXiv 2104.09864; GQA 2305.13245; SwiGLU 2002.05202.
 Shapes: B rows, T local tokens, E width, H query heads, Hkv key/value heads, D head dim.
 """
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ringctx.config import ModelConfig
 from ringctx.ops.losses import linear_cross_entropy_sum
+from ringctx.parallel.context_attention import context_attention
 from ringctx.parallel.mesh import ContextMesh
-from ringctx.parallel.ring_attention import ring_attention
 
 __all__ = [
     "RotaryTable",
+    "Rows",
     "SoftmaxMixer",
     "Transformer",
     "flops_per_token",
@@ -33,13 +39,26 @@ __all__ = [
 RotaryTable = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What every mixer of one forward is told of the rows, besides their local tokens."""
+
+    rotary: RotaryTable
+    """Of the local tokens."""
+    mesh: ContextMesh
+    """With whom the rows are shared."""
+    cu_seqlens: Tensor | None
+    """int32 `[documents + 1]`, on the CPU: where the documents of the whole packed row begin, and
+    its end; None: a row is one document."""
+
+
 class Transformer(nn.Module):
     """Embedding, `num_layers` blocks, norm, head and loss, all on the local shard.
 
     Args:
         config: sizes; `vocab_size` must be set.
         make_mixer: called as `make_mixer(config, layer)`, once a layer; the module it returns maps
-            `(x [B, T, E], rotary, mesh)` to `[B, T, E]`. Default: softmax attention.
+            `(x [B, T, E], rows)` to `[B, T, E]`. Default: what `config.mixers` names.
         dtype: of activations and matrix products; weights stay as they are stored.
         recompute: keep only each block's input and run the block again in backward.
         loss_chunk: tokens whose logits exist at once; None: all.
@@ -56,7 +75,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "vocab_size comes from the dataset before this"
-        make_mixer = make_mixer or SoftmaxMixer
+        make_mixer = make_mixer or _named_mixer
         self.config = config
         self.dtype = dtype
         self.recompute = recompute
@@ -69,7 +88,13 @@ class Transformer(nn.Module):
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
 
     def forward(
-        self, tokens: Tensor, *, targets: Tensor, positions: Tensor, mesh: ContextMesh
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor,
+        positions: Tensor,
+        mesh: ContextMesh,
+        cu_seqlens: Sequence[int] | None = None,
     ) -> Tensor:
         """Sum of the losses of the local tokens that have a target.
 
@@ -78,11 +103,15 @@ class Transformer(nn.Module):
             targets: `[B, T]`, int64: the next token of each; IGNORE_INDEX where there is none.
             positions: `[T]`, int64: index of each local token within its row.
             mesh: with whom the rows are shared.
+            cu_seqlens: where the documents of a packed row begin, and its end, counted over the
+                whole row, the same for all rows; tokens see only their own document. None: a row
+                is one document. Plain numbers: an engine would move a tensor to the device, and
+                the host needs them.
 
         Returns:
             A scalar in fp32 (float64 for a float64 model).
         """
-        hidden = self.hidden(tokens, positions=positions, mesh=mesh)
+        hidden = self.hidden(tokens, positions=positions, mesh=mesh, cu_seqlens=cu_seqlens)
         return linear_cross_entropy_sum(
             hidden.flatten(0, 1),
             self._head_weight().to(hidden.dtype),
@@ -90,17 +119,28 @@ class Transformer(nn.Module):
             chunk=self.loss_chunk,
         )
 
-    def hidden(self, tokens: Tensor, *, positions: Tensor, mesh: ContextMesh) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor,
+        mesh: ContextMesh,
+        cu_seqlens: Sequence[int] | None = None,
+    ) -> Tensor:
         """The normed output of the last block, `[B, T, E]`; arguments as in `forward`."""
         x = self.embed(tokens).to(self.dtype)
-        rotary = rotary_table(
-            positions, head_dim=self.config.head_width, theta=self.config.rope_theta
+        rows = Rows(
+            rotary=rotary_table(
+                positions, head_dim=self.config.head_width, theta=self.config.rope_theta
+            ),
+            mesh=mesh,
+            cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32),
         )
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, mesh, use_reentrant=False)
+                x = checkpoint(layer, x, rows, use_reentrant=False)
             else:
-                x = layer(x, rotary, mesh)
+                x = layer(x, rows)
         normed: Tensor = self.norm(x)
         return normed
 
@@ -118,20 +158,20 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rotary: RotaryTable, mesh: ContextMesh) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """`[B, T, E]` to `[B, T, E]`."""
-        x = x + self.mixer(self.mixer_norm(x), rotary, mesh)
+        x = x + self.mixer(self.mixer_norm(x), rows)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
 class SoftmaxMixer(nn.Module):
-    """Causal grouped-query attention over the ranks of the mesh."""
+    """Causal grouped-query attention over the ranks of the mesh; in a W layer, with a window."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         self.head_dim = config.head_width
+        self.window, self.sinks = _sight(config, layer)
         kv_dim = config.kv_heads * config.head_width
         self.q = Linear(config.dim, config.num_heads * config.head_width)
         self.k = Linear(config.dim, kv_dim)
@@ -140,25 +180,47 @@ class SoftmaxMixer(nn.Module):
         self.q_norm = RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: RotaryTable, mesh: ContextMesh) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """`[B, T, E]` to `[B, T, E]`."""
-        # [B, T, H * D] -> [B, T, H, D]
-        q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = ring_attention(
-            rotate(q, rotary),
-            rotate(k, rotary),
-            v,
-            group=mesh.group,
-            layout=mesh.layout,
-            schedule=mesh.schedule,
+        # As functions: where heads are traded, each is made while the one before is on its way.
+        out = context_attention(
+            partial(self._heads, x, self.q, norm=self.q_norm, rotary=rows.rotary),
+            partial(self._heads, x, self.k, norm=self.k_norm, rotary=rows.rotary),
+            partial(self._heads, x, self.v),
+            mesh=rows.mesh,
+            window=self.window,
+            sinks=self.sinks,
+            cu_seqlens=rows.cu_seqlens,
         )
         # [B, T, H, D] -> [B, T, H * D]
         mixed: Tensor = self.out(out.flatten(-2))
         return mixed
+
+    def _heads(
+        self,
+        x: Tensor,
+        project: nn.Module,
+        *,
+        norm: nn.Module | None = None,
+        rotary: RotaryTable | None = None,
+    ) -> Tensor:
+        """Project, cut into heads, norm and rotate: `[B, T, E]` to `[B, T, heads, D]`."""
+        # [B, T, heads * D] -> [B, T, heads, D]
+        heads: Tensor = project(x).unflatten(-1, (-1, self.head_dim))
+        if norm is not None:
+            heads = norm(heads)
+        return heads if rotary is None else rotate(heads, rotary)
+
+
+def _named_mixer(config: ModelConfig, layer: int) -> nn.Module:
+    """The mixer that the letter of a layer stands for."""
+    kinds = {"S": SoftmaxMixer, "W": SoftmaxMixer}
+    return kinds[config.mixer(layer)](config, layer)
+
+
+def _sight(config: ModelConfig, layer: int) -> tuple[int | None, int]:
+    """Window and sinks of a layer."""
+    return (config.window, config.sinks) if config.mixer(layer) == "W" else (None, 0)
 
 
 class SwiGLU(nn.Module):
@@ -264,17 +326,45 @@ def parameter_count(config: ModelConfig) -> int:
     return embeddings + config.dim + config.num_layers * _block_parameters(config)
 
 
-def flops_per_token(config: ModelConfig, *, seq_len: int) -> float:
+def flops_per_token(
+    config: ModelConfig, *, seq_len: int, cu_seqlens: Sequence[int] | None = None
+) -> float:
     """Model FLOPs of one token, forward and backward, causal, nothing recomputed.
 
-    6 for each weight of a matrix product (the embedding look-up is none), and for attention, whose
-    queries see seq_len / 2 keys on average, 6 * layers * H * D * seq_len.
-    Source: PaLM (arXiv 2204.02311), appendix B, with the causal half counted once.
+    6 for each weight of a matrix product (the embedding look-up is none), and for attention
+    12 * H * D for each key that a token sees on average, over all layers.
+    Source: PaLM (arXiv 2204.02311), appendix B, but only visible keys count.
+
+    Args:
+        config: sizes, and the window of each layer.
+        seq_len: tokens of a row.
+        cu_seqlens: where the documents of a packed row begin, and its end; None: one document.
     """
     assert config.vocab_size is not None
+    borders = (0, seq_len) if cu_seqlens is None else cu_seqlens
+    lengths = [end - begin for begin, end in pairwise(borders)]
+    sights = [_sight(config, layer) for layer in range(config.num_layers)]
+    # A pattern has few different layers, and a row may hold thousands of documents.
+    pairs = sum(
+        count * _visible_pairs(length, *sight)
+        for sight, count in Counter(sights).items()
+        for length in lengths
+    )
     width = config.num_heads * config.head_width
     matrices = config.num_layers * _block_matrices(config) + config.vocab_size * config.dim
-    return 6.0 * matrices + 6.0 * config.num_layers * width * seq_len
+    return 6.0 * matrices + 12.0 * width * pairs / max(1, borders[-1])
+
+
+def _visible_pairs(length: int, window: int | None, sinks: int) -> int:
+    """Pairs of a token and one that it sees, within a document of `length` tokens."""
+    window = length if window is None else min(window, length)
+    behind = length - window
+    return _capped_sum(length, window) + _capped_sum(behind, min(sinks, behind))
+
+
+def _capped_sum(length: int, cap: int) -> int:
+    """1 + 2 + ... + length, each term at most `cap` <= length."""
+    return cap * (cap + 1) // 2 + (length - cap) * cap
 
 
 def _block_matrices(config: ModelConfig) -> int:

@@ -81,14 +81,16 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
     Raises:
         CheckpointError: if a setting differs that a resume cannot change.
     """
-    then, now = _flat(before), _flat(config_to_dict(config))
+    # A setting that is newer than the checkpoint was at its default then.
+    defaults = _flat(config_to_dict(Config(data=config.data)))
+    then, now = {**defaults, **_flat(before)}, _flat(config_to_dict(config))
     if now["model.vocab_size"] is None:
         # Follows from the dataset, which the plan's state checks.
         del now["model.vocab_size"]
     lines = {
-        name: f"{name}: {then.get(name)} -> {value}"
+        name: f"{name}: {then[name]} -> {value}"
         for name, value in now.items()
-        if then.get(name) != value
+        if then[name] != value
     }
     refused = [line for name, line in lines.items() if name.startswith(_FIXED)]
     if refused:
@@ -111,7 +113,12 @@ def layout_table(run: RunPlan) -> list[str]:
     """How the rows of each length are spread, what of the data is in no step, what was cut."""
     tokens_per_step, summary = run.config.curriculum.tokens_per_step, run.plan.describe()
     lines = [
-        _layout_line(length, run.layouts[length], num_rows=tokens_per_step // length)
+        _layout_line(
+            length,
+            run.layouts[length],
+            num_rows=tokens_per_step // length,
+            ulysses_degree=run.config.parallel.ulysses_degree,
+        )
         for length in sorted(run.layouts)
     ]
     dropped = summary.dropped_tokens + summary.left_over_tokens
@@ -127,10 +134,12 @@ def layout_table(run: RunPlan) -> list[str]:
     return lines
 
 
-def _layout_line(length: int, layout: StepLayout, *, num_rows: int) -> str:
+def _layout_line(length: int, layout: StepLayout, *, num_rows: int, ulysses_degree: int) -> str:
     empty = layout.rows_without_targets(num_rows)
+    shared = min(ulysses_degree, layout.cp_degree)
+    split = f" (ulysses {shared} x ring {layout.cp_degree // shared})" if shared > 1 else ""
     return (
-        f"len {length:>9,}: sequences a step {num_rows:>6,}, cp {layout.cp_degree} x dp "
+        f"len {length:>9,}: sequences a step {num_rows:>6,}, cp {layout.cp_degree}{split} x dp "
         f"{layout.dp_degree}, forwards {layout.num_rounds(num_rows)} x rows {layout.rows}"
         + (f", rows without targets {empty}" if empty else "")
     )
@@ -156,10 +165,12 @@ def _with_vocabulary(config: Config, dataset: Dataset) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by `section.key`; tuples as the lists that JSON makes of them."""
-    return {
-        f"{section}.{key}": list(value) if isinstance(value, tuple) else value
-        for section, values in config.items()
-        for key, value in values.items()
-    }
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by `section.key`, however deep; tuples as the lists that JSON makes of them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -321,6 +321,7 @@ def accumulate_gradients(
                 targets=batch.targets.to(world.device, non_blocking=True),
                 positions=batch.positions.to(world.device, non_blocking=True),
                 mesh=mesh,
+                cu_seqlens=batch.cu_seqlens,
             )
             (loss_sum * (world.size / num_targets)).backward()
         total += loss_sum.detach()

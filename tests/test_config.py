@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ringctx.config import Config, CurriculumConfig, ModelConfig
+from ringctx.config import Config, CurriculumConfig, ModelConfig, TopologyConfig
 from ringctx.config_file import config_to_yaml, load_config, parse_size
 from ringctx.errors import ConfigError
 
@@ -50,6 +50,31 @@ def test_the_written_config_reads_back_equal(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("topology: {kind: cables, link_gbit: 50}", ()),
+        ("topology: cables", ("parallel.topology.link_gbit=50",)),
+        ("topology: {kind: switch, link_gbit: 50}", ("parallel.topology=cables",)),
+        ("layout: zigzag", ("parallel.topology=cables", "parallel.topology.link_gbit=50")),
+        ("layout: zigzag", ("parallel.topology.link_gbit=50", "parallel.topology=cables")),
+    ],
+    ids=str,
+)
+def test_a_topology_is_a_section_or_just_its_kind_and_neither_loses_the_other(
+    tmp_path: Path, text: str, overrides: tuple[str, ...]
+) -> None:
+    config = load(tmp_path, f"parallel: {{{text}}}", *overrides)
+    assert config.parallel.topology == TopologyConfig(kind="cables", link_gbit=50)
+    (tmp_path / "written.yaml").write_text(config_to_yaml(config))
+    assert load_config(tmp_path / "written.yaml") == config
+
+
+def test_the_pattern_of_mixers_repeats_over_the_layers_and_may_be_cut() -> None:
+    model = ModelConfig(mixers="SSW", num_layers=8, window=64)
+    assert "".join(model.mixer(layer) for layer in range(8)) == "SSWSSWSS"
+
+
 @pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_are_valid(path: Path) -> None:
     load_config(path)
@@ -78,6 +103,13 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("model.num_heads=3", r"model\.dim=512 is not divisible by model\.num_heads=3"),
         ("model.num_kv_heads=3", r"num_kv_heads=3 does not divide model\.num_heads=8"),
         ("model.head_dim=7", r"head_dim=7 must be even"),
+        ("model.mixers=SSSL", r"mixers='SSSL': no layer is called L; write .* S: softmax .*; W: "),
+        ("model.mixers=''", r"model\.mixers is empty; write a letter a layer, S: softmax"),
+        ("model.mixers=SSSSSSSSS", r"mixers='SSSSSSSSS' is longer than model\.num_layers=8"),
+        ("model.mixers=SSSW", r"mixers='SSSW' has W layers, which need model\.window"),
+        ("model.window=1k", r"window=1024 has no use: model\.mixers='S' has no W"),
+        ("model.window=0", r"model\.window=0 must be at least 1: a token sees itself"),
+        ("model.sinks=4", r"model\.sinks=4 must be 0, or positive with a model\.window"),
         ("curriculum.max_len=1000", r"must be powers of two"),
         ("curriculum.min_len=16k", r"must be powers of two with 2 <= min_len <= max_len"),
         ("curriculum.tokens_per_step=12000", r"nearest valid values are 8,192 or 16,384"),
@@ -89,6 +121,16 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("parallel.tokens_per_rank=1000", r"tokens_per_rank=1,000 must be a power of two"),
         ("parallel.cp_degree=3", r"cp_degree=3 must be 'auto' or a power of two"),
         ("parallel.cp_degree=most", r"parallel\.cp_degree='most'"),
+        ("parallel.ulysses_degree=3", r"ulysses_degree=3 must be a power of two"),
+        ("parallel.ulysses_degree=16", r"degree=16 does not divide model\.num_heads=8"),
+        ("parallel={cp_degree: 2, ulysses_degree: 4}", r"degree=4 is above the 2 ranks that may"),
+        ("parallel.schedule=two_ways", r"parallel\.schedule='two_ways'"),
+        ("parallel.topology=ring", r"topology\.kind='ring'.*expected one of \['switch', 'cables'"),
+        ("parallel.topology=7", r"parallel\.topology=7 must be a section"),
+        ("parallel.topology.knd=cables", r"'parallel\.topology\.knd': did you mean 'kind'\?"),
+        ("parallel.topology.link_gbit=0", r"topology\.link_gbit=0\.0 must be above 0"),
+        ("parallel.topology.flops=inf", r"topology\.flops=inf must be a finite number"),
+        ("parallel.topology=two_level", r"ranks_per_node=None with kind=two_level"),
         ("train.steps=0", r"train\.steps=0 must be positive"),
         ("checkpoint.resume=last", r"checkpoint\.resume='last'"),
         ("train.steps", r"'train\.steps' is not an override"),

@@ -1,6 +1,9 @@
 """The transformer by itself: counts, positions, recompute, initial values."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 from ringctx.config import ModelConfig
 from ringctx.model import (
     RMSNorm,
-    RotaryTable,
+    Rows,
+    SoftmaxMixer,
     Transformer,
     flops_per_token,
     initialise,
@@ -18,22 +22,16 @@ from ringctx.model import (
     rotate,
 )
 from ringctx.ops.losses import IGNORE_INDEX
+from ringctx.ops.naive import naive_attention
 from ringctx.parallel.comm import SoloGroup
-from ringctx.parallel.mesh import ContextMesh, StepLayout
+from ringctx.parallel.mesh import ContextMesh, context_mesh
 from tests.tolerances import assert_close
 
 CONFIG = ModelConfig(vocab_size=61, dim=24, num_layers=2, num_heads=3, num_kv_heads=1, mlp_dim=40)
 
 
 def solo_mesh() -> ContextMesh:
-    return ContextMesh(
-        group=SoloGroup(),
-        cp_rank=0,
-        dp_rank=0,
-        sizes=StepLayout(cp_degree=1, dp_degree=1, rows=1),
-        layout="contiguous",
-        schedule="auto",
-    )
+    return context_mesh(SoloGroup(), layout="contiguous")
 
 
 def build(config: ModelConfig, **options: object) -> Transformer:
@@ -44,9 +42,16 @@ def build(config: ModelConfig, **options: object) -> Transformer:
     return model
 
 
-def loss_of(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
-    positions = torch.arange(tokens.shape[1])
-    loss: Tensor = model(tokens, targets=targets, positions=positions, mesh=solo_mesh())
+def loss_of(
+    model: Transformer, tokens: Tensor, targets: Tensor, *, cu_seqlens: Sequence[int] | None = None
+) -> Tensor:
+    loss: Tensor = model(
+        tokens,
+        targets=targets,
+        positions=torch.arange(tokens.shape[1]),
+        mesh=solo_mesh(),
+        cu_seqlens=cu_seqlens,
+    )
     return loss
 
 
@@ -71,9 +76,36 @@ def test_flops_are_six_for_each_weight_and_half_the_square_for_attention() -> No
     norms = CONFIG.num_layers * 2 * 24 + 24
     weights = parameter_count(CONFIG) - embedding - norms
     assert flops_per_token(CONFIG, seq_len=0) == 6 * weights
-    # Forward: two products over half of seq_len keys, 2 FLOPs each; backward twice that.
-    attention = 3 * 2 * 2 * CONFIG.num_layers * 24 * 512 / 2
+    # Forward: two products over 513 / 2 keys on average, 2 FLOPs each; backward twice that.
+    attention = 3 * 2 * 2 * CONFIG.num_layers * 24 * 513 / 2
     assert flops_per_token(CONFIG, seq_len=512) - 6 * weights == attention
+
+
+@pytest.mark.parametrize("borders", [(0, 50), (0, 1, 8, 29, 50)], ids=str)
+@pytest.mark.parametrize("sight", [(1, 0), (7, 0), (7, 3), (7, 30), (49, 2), (64, 9)], ids=str)
+def test_flops_count_just_the_keys_that_a_layer_sees(
+    sight: tuple[int, int], borders: tuple[int, ...]
+) -> None:
+    window, sinks = sight
+    config = replace(CONFIG, num_layers=3, mixers="SW", window=window, sinks=sinks)
+    full = sum(visible(length) for length in lengths_of(borders))
+    near = sum(visible(length, window, sinks) for length in lengths_of(borders))
+    flops = flops_per_token(config, seq_len=50, cu_seqlens=borders)
+    matrices = flops_per_token(config, seq_len=0)
+    assert flops - matrices == pytest.approx(12 * 24 * (2 * full + near) / 50)
+
+
+def lengths_of(borders: Sequence[int]) -> list[int]:
+    return [end - begin for begin, end in pairwise(borders)]
+
+
+def visible(length: int, window: int | None = None, sinks: int = 0) -> int:
+    """Pairs of a query and a key that it sees, counted one by one."""
+    return sum(
+        window is None or query - key < window or key < sinks
+        for query in range(length)
+        for key in range(query + 1)
+    )
 
 
 def test_an_untrained_model_is_little_worse_than_an_even_guess() -> None:
@@ -94,12 +126,75 @@ def test_a_later_token_changes_no_earlier_output() -> None:
     assert not torch.equal(before[:, 11:], after[:, 11:])
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_token_reaches_the_window_behind_it_and_a_sink_everything(sinks: int) -> None:
+    config = replace(CONFIG, num_layers=1, mixers="W", window=5, sinks=sinks)
+    model, (tokens, _) = build(config), rows(1, 20)
+
+    def changed_by(at: int) -> list[int]:
+        other = tokens.clone()
+        other[0, at] = (other[0, at] + 1) % 61
+        before, after = (
+            model.hidden(x, positions=torch.arange(20), mesh=solo_mesh()) for x in (tokens, other)
+        )
+        return (before != after).any(-1)[0].nonzero().flatten().tolist()
+
+    assert changed_by(11) == [11, 12, 13, 14, 15]
+    assert changed_by(1) == list(range(1, 20 if sinks else 6))
+
+
+@pytest.mark.parametrize("letter", ["S", "W"])
+def test_a_softmax_mixer_is_the_naive_attention_of_its_layer(letter: str) -> None:
+    window, sinks = (6, 1) if letter == "W" else (None, 0)
+    config = replace(CONFIG, mixers=letter, window=window, sinks=sinks)
+    mixer = SoftmaxMixer(config, 1).double()
+    x = torch.randn(2, 19, 24, dtype=torch.float64)
+    rotary = rotary_table(torch.arange(19), head_dim=8, theta=config.rope_theta)
+    q, k, v = (
+        layer(x).unflatten(-1, (heads, 8))
+        for layer, heads in ((mixer.q, 3), (mixer.k, 1), (mixer.v, 1))
+    )
+    expected, _ = naive_attention(
+        rotate(q, rotary),
+        rotate(k, rotary),
+        v,
+        causal=True,
+        window=window,
+        sinks=sinks,
+    )
+    out = mixer(x, Rows(rotary=rotary, mesh=solo_mesh(), cu_seqlens=None))
+    assert_close(out, mixer.out(expected.flatten(-2)))
+
+
+@pytest.mark.parametrize("pattern", ["S", "SW", "SSSW"])
+def test_a_packed_row_gives_the_loss_and_gradients_of_its_documents(pattern: str) -> None:
+    window, sinks = (6, 2) if "W" in pattern else (None, 0)
+    config = replace(CONFIG, num_layers=4, mixers=pattern, window=window, sinks=sinks)
+    borders = (0, 13, 14, 40, 47)
+    tokens, targets = rows(1, 47)
+    targets[0, [border - 1 for border in borders[1:]]] = IGNORE_INDEX
+    packed, apart = build(config).double(), build(config).double()
+    packed.dtype = apart.dtype = torch.float64
+    loss = loss_of(packed, tokens, targets, cu_seqlens=borders)
+    loss.backward()
+    total = torch.zeros((), dtype=torch.float64)
+    for begin, end in pairwise(borders):
+        part = loss_of(apart, tokens[:, begin:end], targets[:, begin:end])
+        part.backward()
+        total += part.detach()
+    assert_close(loss, total)
+    for mine, theirs in zip(packed.parameters(), apart.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        assert_close(mine.grad, theirs.grad)
+
+
 def test_recompute_changes_no_gradient() -> None:
     tokens, targets = rows(2, 17)
+    config = replace(CONFIG, mixers="SW", window=4, sinks=1)
     grads = []
     for recompute in (False, True):
-        model = build(CONFIG, recompute=recompute)
-        loss_of(model, tokens, targets).backward()
+        model = build(config, recompute=recompute)
+        loss_of(model, tokens, targets, cu_seqlens=(0, 6, 17)).backward()
         grads.append([p.grad for p in model.parameters()])
     for plain, again in zip(*grads, strict=True):
         assert plain is not None and again is not None
@@ -136,7 +231,7 @@ def test_ignored_targets_give_no_loss() -> None:
 
 def test_the_mixer_is_an_argument() -> None:
     class Doubling(nn.Module):
-        def forward(self, x: Tensor, rotary: RotaryTable, mesh: ContextMesh) -> Tensor:
+        def forward(self, x: Tensor, rows: Rows) -> Tensor:
             return 2 * x
 
     made: list[int] = []

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ringctx.config_file import config_to_dict
 from ringctx.errors import CheckpointError, ConfigError
 from ringctx.run_plan import changed_fields, fields_to_agree_on, layout_table
 from tests.tiny import read_config, run_plan, write_config, write_dataset
@@ -23,6 +24,17 @@ def test_the_table_names_rows_that_fill_up_a_world_that_does_not_divide(folder: 
         "len       128: sequences a step      2, cp 1 x dp 3, forwards 1 x rows 1, "
         "rows without targets 1"
     )
+
+
+def test_the_table_says_how_heads_and_tokens_share_a_ring(folder: Path) -> None:
+    overrides = ("parallel.tokens_per_rank=16", "parallel.ulysses_degree=2")
+    lines = layout_table(run_plan(folder, *overrides, world_size=8))
+    assert [line.split("cp ")[1].split(", forwards")[0] for line in lines[:4]] == [
+        "1 x dp 8",
+        "2 (ulysses 2 x ring 1) x dp 4",
+        "4 (ulysses 2 x ring 2) x dp 2",
+        "8 (ulysses 2 x ring 4) x dp 1",
+    ]
 
 
 def test_the_table_accounts_for_every_token(folder: Path) -> None:
@@ -55,12 +67,38 @@ def test_places_may_differ_between_ranks_and_nothing_else(folder: Path) -> None:
 
 
 def test_what_changed_since_a_checkpoint_is_warned_about_or_refused(folder: Path) -> None:
-    before = {name: dict(vars(section)) for name, section in vars(read_config(folder)).items()}
+    before = config_to_dict(read_config(folder))
     assert changed_fields(before, read_config(folder)) == []
     changed = read_config(folder, "optim.lr=1", "tracking.log_every=3")
     assert changed_fields(before, changed) == ["optim.lr: 0.01 -> 1.0"]
     with pytest.raises(CheckpointError, match=r"model\.qk_norm: True -> False"):
         changed_fields(before, read_config(folder, "model.qk_norm=false"))
+    with pytest.raises(CheckpointError, match=r"model\.window: 24 -> 25"):
+        changed_fields(before, read_config(folder, "model.window=25"))
+
+
+def test_layout_schedule_and_wiring_may_change_on_resume(folder: Path) -> None:
+    before = config_to_dict(read_config(folder))
+    other = ("layout=striped", "schedule=two_way", "topology=cables", "topology.link_gbit=1")
+    overrides = [f"parallel.{item}" for item in other]
+    assert changed_fields(before, read_config(folder, *overrides)) == []
+
+
+def test_a_checkpoint_older_than_a_setting_had_its_default(folder: Path) -> None:
+    plain = ("model.mixers=S", "model.window=null", "model.sinks=0")
+    before = config_to_dict(read_config(folder, *plain))
+    for name in ("mixers", "window", "sinks"):
+        del before["model"][name]
+    del before["parallel"]["topology"]
+    assert changed_fields(before, read_config(folder, *plain)) == []
+    with pytest.raises(CheckpointError, match=r"model\.mixers: S -> SW"):
+        changed_fields(before, read_config(folder))
+
+
+def test_ranks_agree_on_every_part_of_the_wiring(folder: Path) -> None:
+    fields = fields_to_agree_on(run_plan(folder, "parallel.topology.link_gbit=25"))
+    assert fields["parallel.topology.link_gbit"] == 25
+    assert fields["parallel.topology.kind"] == "switch"
 
 
 def test_wandb_that_is_not_installed_is_told_before_the_run(

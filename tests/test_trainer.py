@@ -1,7 +1,10 @@
 """The same losses whatever the layout and engine, also across a stop and a resume."""
 
 import shutil
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,7 +12,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from ringctx.config import TopologyConfig
 from ringctx.errors import TrainingError
+from ringctx.parallel import ring_attention
 from ringctx.tracking import read_metrics
 from ringctx.trainer import Trainer, accumulate_gradients
 from tests.ranks import RankError, run_ranks
@@ -21,6 +26,10 @@ LAYOUTS = {
     "2 ranks dp=2": (2, ()),
     "4 ranks cp=2 x dp=2": (4, ("parallel.tokens_per_rank=64", "parallel.cp_degree=2")),
     "4 ranks cp follows length": (4, ("parallel.tokens_per_rank=32",)),
+    "4 ranks cp=4 with ulysses=2": (
+        4,
+        ("parallel.tokens_per_rank=32", "parallel.ulysses_degree=2"),
+    ),
     "3 ranks with rows to fill up": (3, ()),
 }
 
@@ -70,6 +79,25 @@ def test_losses_depend_on_no_layout_or_engine_and_a_resume_half_way_changes_no_b
     assert resumed.tolist() == losses[10:].tolist()
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_longer_pattern_gives_the_same_losses_in_every_layout(folder: Path, engine: str) -> None:
+    settings = (
+        f"parallel.engine={engine}",
+        "model.mixers=SSSW",
+        "model.num_layers=5",
+        "train.steps=6",
+        "curriculum.odds=uniform",
+    )
+    layouts = [(), ("parallel.tokens_per_rank=64",), ("parallel.tokens_per_rank=64",)]
+    losses = [
+        train(world_size, folder, *settings, *overrides, run=f"run-{world_size}")
+        for world_size, overrides in zip((1, 2, 4), layouts, strict=True)
+    ]
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-4)
+    lengths = {record["cp_degree"] for record in read_metrics(folder / "run-4")}
+    assert lengths == {1, 2}
+
+
 @pytest.mark.proves("trainer: resume on another world size or engine", on="CPU/gloo")
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -109,8 +137,15 @@ def test_bf16_stays_close_to_fp32(
     np.testing.assert_allclose(losses, one_rank_losses, rtol=0.02)
 
 
-def test_metrics_have_the_fields_and_the_sums_that_they_promise(folder: Path) -> None:
-    train(2, folder, "parallel.tokens_per_rank=64")
+# The S layer lets rank 1 have a quarter of the row, which is all of rank 0's that it needs, and
+# rank 0 half a row. Windows of 24 reach 23 tokens over a border, and rank 1 sees 2 sinks.
+SEEN = {"S": 32 + 64, "W": 25 + 23}
+
+
+@pytest.mark.parametrize("mixers", ["SW", "S"])
+def test_metrics_have_the_fields_and_the_sums_that_they_promise(folder: Path, mixers: str) -> None:
+    plain = ("model.mixers=S", "model.window=null", "model.sinks=0") if mixers == "S" else ()
+    train(2, folder, "parallel.tokens_per_rank=64", "parallel.schedule=one_way", *plain)
     records = read_metrics(folder / "run")
     assert [record["step"] for record in records] == list(range(20))
     assert [record["tokens"] for record in records] == [256 * (i + 1) for i in range(20)]
@@ -118,13 +153,40 @@ def test_metrics_have_the_fields_and_the_sums_that_they_promise(folder: Path) ->
         length = record["bucket_len"]
         assert record["cp_degree"] == max(1, length // 64)
         assert record["num_sequences"] == 256 // length
-        # A hop carries K and V of 64 tokens, 2 heads of 8, fp32. Each of 2 ranks sends one
-        # forward, one backward, and one with the fp32 gradients; in 2 rows and 2 layers.
-        hop = 2 * 2 * 8 * 64 * 4
-        ring = 2 * 3 * hop * 2 * 2
+        # K and V of a token are 2 heads of 8, fp32. They move forward and backward, and their fp32
+        # gradients move home; in 2 rows and 2 layers.
+        tokens = sum(SEEN[letter] for letter in (mixers * 2)[:2])
+        ring = 2 * 3 * tokens * 2 * 2 * 8 * 4
         assert record["moved_bytes"] == (ring if length == 128 else 0)
         assert record["max_memory_bytes"] > 2**20
         assert record["tokens_per_s"] > 0
+
+
+def _ring_calls(folder: Path, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The settings of every call of the ring in one step."""
+    run = run_plan(folder, *overrides, world_size=2)
+    trainer = Trainer(run, world=world())
+    step = next(t for t in range(run.num_steps) if run.plan.bucket_len(t) == 128)
+    # Not `from ringctx.parallel import`: there the module's name is that of its function.
+    caller = import_module("ringctx.parallel.context_attention")
+    with patch.object(caller, "ring_attention", wraps=ring_attention) as ring:
+        trainer.train_step(run.plan.step(step), trainer.loader.step(step))
+    told = ("window", "sinks", "schedule", "topology")
+    return [{name: call.kwargs[name] for name in told} for call in ring.call_args_list]
+
+
+def test_schedule_wiring_and_each_layers_window_reach_the_ring(folder: Path) -> None:
+    overrides = (
+        "parallel.tokens_per_rank=64",
+        "parallel.schedule=two_way",
+        "parallel.topology=cables",
+        "parallel.topology.link_gbit=3",
+    )
+    calls = run_ranks(2, _ring_calls, folder, overrides)[1]
+    assert [(call["window"], call["sinks"]) for call in calls] == [(None, 0), (24, 2)] * 2
+    for call in calls:
+        assert call["schedule"] == "two_way"
+        assert call["topology"] == TopologyConfig(kind="cables", link_gbit=3)
 
 
 def _train_on_nan(folder: Path) -> None:

@@ -16,7 +16,9 @@ from ringctx.run_plan import RunPlan, make_run_plan
 from ringctx.trainer import start
 
 CONFIG = """
-model: {{dim: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, mlp_dim: 48, qk_norm: true}}
+model:
+  {{dim: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, mlp_dim: 48, qk_norm: true,
+    mixers: SW, window: 24, sinks: 2}}
 data: {{path: {folder}/dataset}}
 curriculum: {{odds: grow_p2, cycles: 2, min_len: 16, max_len: 128, tokens_per_step: 256}}
 parallel: {{tokens_per_rank: 128}}

@@ -26,13 +26,16 @@ def _compare(folder: Path, overrides: tuple[str, ...]) -> list[verify.Comparison
 
 
 @pytest.mark.proves("ringctx verify: every layout and engine equals one process", on="CPU/gloo")
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("engine", "ulysses_degree"), [("ddp", 1), ("fsdp2", 2)])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-def test_every_layout_equals_one_process(folder: Path, layout: str, engine: str) -> None:
+def test_every_layout_equals_one_process(
+    folder: Path, layout: str, engine: str, ulysses_degree: int
+) -> None:
     overrides = (
         "parallel.tokens_per_rank=32",
         f"parallel.layout={layout}",
         f"parallel.engine={engine}",
+        f"parallel.ulysses_degree={ulysses_degree}",
     )
     results = run_ranks(4, _compare, folder, overrides)
     assert results[0] == results[3]
