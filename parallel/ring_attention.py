@@ -1,41 +1,37 @@
-"""Ring attention: K/V blocks travel from rank to rank, queries stay. Exact, forward and backward.
+"""Ring attention: pieces of a sequence travel between the ranks that share it. Exact, both passes.
 
-One idea: softmax over all keys is the merge of softmaxes over each rank's keys, so a rank attends
-whichever block is at hand while the next one arrives. `one_way`, per ring step on each rank:
+One idea: softmax over all keys is the merge of softmaxes over parts of them, so a rank attends what
+is at hand while more arrives. What travels, by which way, is a schedule (`ways.py`): K/V or Q; one
+way, both ways, or straight to whoever needs it; only what the mask needs. Forward and backward are
+two passes and may use two schedules.
 
-    forward    start passing K/V on and receiving the next -> attend this block -> merge -> wait
-    backward   the same round; each block's dK/dV start on the rank after its owner, follow it from
-               rank to rank one step behind, and reach the owner with their last hop
-
-Price: forward sends (world_size - 1) local K/V; backward as many again and as many accumulators, in
-fp32. Holds two received blocks, and in backward two of accumulators. Memory is linear in the shard.
-Source: Liu et al. 2023 (arXiv 2310.01889); zigzag: zhuzilin/ring-flash-attention#2.
+Price: bytes per token in `traffic.py`, per link in `cost.py`. Memory is linear in the shard.
+Source: Liu et al. 2023 (arXiv 2310.01889); TokenRing (arXiv 2412.20501).
 Shapes: B batch, T local tokens, H heads, Hkv key/value heads, D head dim.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from ringctx.config import Schedule
+from ringctx.config import Schedule, TopologyConfig
 from ringctx.errors import LayoutError
-from ringctx.ops.block_attention import block_backward, block_forward, check_heads
-from ringctx.ops.lse import merge_
-from ringctx.parallel import comm
-from ringctx.parallel.layout import local_len
-from ringctx.parallel.mask import PairSlice, visible_slices
+from ringctx.ops.block_attention import check_heads
+from ringctx.parallel import comm, ring_pass
+from ringctx.parallel.argument_check import agreed_arguments
+from ringctx.parallel.cost import choose, route_of_pass
+from ringctx.parallel.layout import Sharding
+from ringctx.parallel.mask import Mask
+from ringctx.parallel.routes import Route
+from ringctx.parallel.topology import Wiring, wire_up
+from ringctx.parallel.traffic import Shape
 
 __all__ = ["ring_attention"]
-
-
-# Tags of the first tensor of each kind; K and dK take the tag itself, V and dV the next.
-_KV_TAG = 0
-_GRAD_TAG = 2
 
 
 @overload
@@ -47,7 +43,11 @@ def ring_attention(
     group: comm.Group,
     layout: str = ...,
     causal: bool = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    cu_seqlens: Tensor | None = ...,
     schedule: str = ...,
+    topology: TopologyConfig | None = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -60,7 +60,11 @@ def ring_attention(
     group: comm.Group,
     layout: str = ...,
     causal: bool = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    cu_seqlens: Tensor | None = ...,
     schedule: str = ...,
+    topology: TopologyConfig | None = ...,
     scale: float | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -75,7 +79,11 @@ def ring_attention(
     group: comm.Group,
     layout: str = "zigzag",
     causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    cu_seqlens: Tensor | None = None,
     schedule: str = "auto",
+    topology: TopologyConfig | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -90,7 +98,13 @@ def ring_attention(
         group: the ranks that share the sequence, in layout order; `comm.SoloGroup()` for one rank.
         layout: which tokens the shards hold: "contiguous", "zigzag" or "striped".
         causal: whether a token sees only itself and earlier tokens.
-        schedule: "one_way", or "auto" for the cheapest.
+        window: with causal: a token sees itself and the window - 1 tokens before it.
+        sinks: with a window: the first tokens, of each document where there are documents, that
+            every later token sees besides.
+        cu_seqlens: int32 `[documents + 1]` on the CPU: where documents begin in the whole sequence,
+            and its length; for every row of the batch. Tokens see only their own document.
+        schedule: "one_way", "two_way", "token_ring" or "all_gather"; "auto" for the cheapest.
+        topology: how the ranks are wired; None is a switch. It decides ways, never results.
         scale: factor on the scores; None is 1 / sqrt(D).
         return_lse: also return the log of each query's softmax sum, without gradient.
 
@@ -99,185 +113,104 @@ def ring_attention(
         (fp64 for fp64).
 
     Raises:
-        LayoutError: if inputs, layout and group do not fit together; raised before any transfer.
+        LayoutError: if inputs, layout, mask and group do not fit together; before any transfer.
     """
-    check_heads(q, k, v)
-    if q.shape[1] != k.shape[1]:
-        raise LayoutError(f"q holds {q.shape[1]:,} local tokens and k, v {k.shape[1]:,}")
-    if schedule not in get_args(Schedule):
-        known = ", ".join(get_args(Schedule))
-        raise LayoutError(f"schedule={schedule!r} is not known; choose one of {known}")
-    world_size = comm.group_size(group)
-    ring = _Ring(
-        group=group,
-        rank=comm.group_rank(group),
-        world_size=world_size,
-        local_len=local_len(q.shape[1] * world_size, world_size=world_size, layout=layout),
+    with agreed_arguments(
+        group,
+        q=q,
+        k=k,
+        v=v,
         layout=layout,
         causal=causal,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        window=window,
+        sinks=sinks,
+        cu_seqlens=cu_seqlens,
+        schedule=schedule,
+        topology=topology,
+        scale=scale,
+    ):
+        check_heads(q, k, v)
+        if q.shape[1] != k.shape[1]:
+            raise LayoutError(f"q holds {q.shape[1]:,} local tokens and k, v {k.shape[1]:,}")
+        if schedule not in get_args(Schedule):
+            known = ", ".join(get_args(Schedule))
+            raise LayoutError(f"schedule={schedule!r} is not known; choose one of {known}")
+        world_size = comm.group_size(group)
+        sharding = Sharding(q.shape[1] * world_size, world_size, layout)
+        mask = Mask.checked(
+            causal=causal,
+            window=window,
+            sinks=sinks,
+            cu_seqlens=cu_seqlens,
+            seq_len=sharding.seq_len,
+        )
+        wiring = wiring_of(group, topology)
+    (batch, _, heads, head_dim), kv_heads = q.shape, k.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+    plan = _Plan(
+        ring_pass.Place(group=group, sharding=sharding, mask=mask, scale=scale),
+        Shape(batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=q.dtype),
+        wiring,
+        schedule,
     )
-    out, lse = _RingAttention.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
+    out, lse = _RingAttention.apply(q, k, v, plan)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
+def wiring_of(group: comm.Group, topology: TopologyConfig | None) -> Wiring:
+    """How the ranks of `group` are wired."""
+    if isinstance(group, dist.ProcessGroup):
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return wire_up(topology, ranks=ranks, world_size=dist.get_world_size())
+    size = comm.group_size(group)
+    return wire_up(topology, ranks=tuple(range(size)), world_size=size)
+
+
 @dataclass(frozen=True, slots=True)
-class _Ring:
-    """One call's place in the ring, and what its mask lets through."""
+class _Plan:
+    """One call, and the routes of its passes."""
 
-    group: comm.Group
-    rank: int
-    world_size: int
-    local_len: int
-    layout: str
-    causal: bool
-    scale: float
+    place: ring_pass.Place
+    shape: Shape
+    wiring: Wiring
+    schedule: str
 
-    def slices(self, ring_step: int) -> tuple[PairSlice, ...]:
-        """The visible part of my queries x the block at hand after `ring_step` hops."""
-        return visible_slices(
-            layout=self.layout,
-            causal=self.causal,
-            q_rank=self.rank,
-            kv_rank=(self.rank - ring_step) % self.world_size,
-            world_size=self.world_size,
-            local_len=self.local_len,
+    def route(self, *, backward: bool) -> Route:
+        schedule, sharding, mask = self.schedule, self.place.sharding, self.place.mask
+        if schedule == "auto":
+            choice = choose(shape=self.shape, sharding=sharding, mask=mask, wiring=self.wiring)
+            schedule = choice.backward if backward else choice.forward
+        return route_of_pass(
+            schedule,
+            backward=backward,
+            shape=self.shape,
+            sharding=sharding,
+            mask=mask,
+            wiring=self.wiring,
         )
-
-    def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """At least fp32; on one rank there is nothing to add up."""
-        return dtype if self.world_size == 1 else torch.promote_types(dtype, torch.float32)
-
-
-class _Belt:
-    """Passes pairs of tensors (K and V, or dK and dV) to the next rank, world_size - 1 times.
-
-    Two pairs of receive buffers take turns: one is free again when what it received has been sent
-    on, and that belongs to the exchange that fills the other.
-    """
-
-    def __init__(
-        self, ring: _Ring, *, like: Sequence[Tensor], dtype: torch.dtype, tag: int
-    ) -> None:
-        self._ring = ring
-        self._hops_left = ring.world_size - 1
-        self._tag = tag
-        self._free = [
-            tuple(torch.empty_like(x, dtype=dtype) for x in like)
-            for _ in range(min(2, self._hops_left))
-        ]
-
-    def pass_on(self, pair: Sequence[Tensor]) -> comm.Exchange:
-        """Start sending `pair` and receiving the previous rank's; after the last hop, nothing."""
-        ring = self._ring
-        sends: list[comm.Transfer] = []
-        recvs: list[comm.Transfer] = []
-        if self._hops_left:
-            self._hops_left -= 1
-            arriving = self._free.pop(0)
-            self._free.append(arriving)
-            next_rank, prev_rank = ((ring.rank + i) % ring.world_size for i in (1, -1))
-            sends = [comm.Transfer(x, next_rank, self._tag + i) for i, x in enumerate(pair)]
-            recvs = [comm.Transfer(x, prev_rank, self._tag + i) for i, x in enumerate(arriving)]
-        return comm.exchange(sends, recvs, group=ring.group)
 
 
 class _RingAttention(torch.autograd.Function):
-    """Saves the local q, k, v, out and lse; backward sends K/V round again."""
+    """Saves the local q, k, v, out and lse; backward lets the pieces travel again."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = _one_way_forward(q, k, v, ring)
+        route = plan.route(backward=False)
+        out, lse = ring_pass.forward(q, k, v, place=plan.place, route=route)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring, ctx.ledger = ring, comm.current_ledger()
+        ctx.plan, ctx.ledger = plan, comm.current_ledger()
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        route = ctx.plan.route(backward=True)
         # Autograd may run this in a thread of its own, where no ledger is set.
         with comm.record_into(ctx.ledger):
-            grads = _one_way_backward(grad_out.contiguous(), *ctx.saved_tensors, ring=ctx.ring)
-        return *grads, None
-
-
-def _one_way_forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
-    kv_belt = _Belt(ring, like=(k, v), dtype=k.dtype, tag=_KV_TAG)
-    arriving = kv_belt.pass_on((k, v))
-    # Every token sees itself, so the own pair fills every row and starts the accumulators.
-    out, lse = block_forward(q, k, v, causal=ring.causal, scale=ring.scale)
-    out = out.to(ring.accumulator_dtype(q.dtype))
-    for ring_step in range(1, ring.world_size):
-        keys, values = arriving.wait()
-        arriving = kv_belt.pass_on((keys, values))
-        for part in ring.slices(ring_step):
-            part_out, part_lse = block_forward(
-                q[:, part.q],
-                keys[:, part.k],
-                values[:, part.k],
-                causal=part.causal,
-                scale=ring.scale,
+            grads = ring_pass.backward(
+                grad_out.contiguous(), q, k, v, out=out, lse=lse, place=ctx.plan.place, route=route
             )
-            merge_(out[:, part.q], lse[:, :, part.q], part_out, part_lse)
-    return out.to(q.dtype), lse
-
-
-def _one_way_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, ring: _Ring
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = ring.accumulator_dtype(q.dtype)
-    kv_belt = _Belt(ring, like=(k, v), dtype=k.dtype, tag=_KV_TAG)
-    grad_belt = _Belt(ring, like=(k, v), dtype=wide, tag=_GRAD_TAG)
-    arriving = kv_belt.pass_on((k, v))
-    own = block_backward(grad_out, q, k, v, out=out, lse=lse, causal=ring.causal, scale=ring.scale)
-    grad_q, grad_k, grad_v = (grad.to(wide) for grad in own)
-    returning: comm.Exchange | None = None
-    for ring_step in range(1, ring.world_size):
-        keys, values = arriving.wait()
-        arriving = kv_belt.pass_on((keys, values))
-        shares = [
-            (part, _part_backward(part, grad_out, q, keys, values, out=out, lse=lse, ring=ring))
-            for part in ring.slices(ring_step)
-        ]
-        # What the ranks before me added to this block's gradients follows it one step behind.
-        sums: Sequence[Tensor] = (
-            [torch.zeros_like(x, dtype=wide) for x in (k, v)]
-            if returning is None
-            else returning.wait()
-        )
-        for part, (part_grad_q, part_grad_k, part_grad_v) in shares:
-            grad_q[:, part.q] += part_grad_q
-            sums[0][:, part.k] += part_grad_k
-            sums[1][:, part.k] += part_grad_v
-        returning = grad_belt.pass_on(sums)
-    if returning is not None:
-        # All that the other ranks added to the gradients of my own block.
-        arrived_k, arrived_v = returning.wait()
-        grad_k += arrived_k
-        grad_v += arrived_v
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-
-def _part_backward(
-    part: PairSlice,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    out: Tensor,
-    lse: Tensor,
-    ring: _Ring,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return block_backward(
-        grad_out[:, part.q],
-        q[:, part.q],
-        k[:, part.k],
-        v[:, part.k],
-        out=out[:, part.q],
-        lse=lse[:, :, part.q],
-        causal=part.causal,
-        scale=ring.scale,
-    )
+        return *grads, None

@@ -1,11 +1,16 @@
 """What every test gets: a seed, one torch thread, NaN in unwritten memory, ranks that end."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.ranks import close_pool, make_torch_strict
+
+
+# Ranks compare the arguments of every attention call; the processes started here inherit it.
+os.environ["RINGCTX_CHECK"] = "1"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,9 +1,7 @@
 """Exchanges: refused when they could not work, waited for, counted; their order suits NCCL."""
 
 import time
-from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -12,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from ringctx.errors import LayoutError
-from ringctx.parallel import ring_attention
 from ringctx.parallel.comm import (
     Exchange,
     Group,
@@ -26,7 +23,6 @@ from ringctx.parallel.comm import (
     record_into,
     record_traffic,
 )
-from ringctx.parallel.layout import LAYOUTS
 from tests.ranks import run_ranks
 from tests.virtual_ranks import Mail, VirtualGroup, run_virtual
 
@@ -144,60 +140,3 @@ def test_one_batch_holds_receives_first_by_tag_with_global_peers() -> None:
     first, _, third = run_ranks(3, _posted_operations)
     assert first == [("irecv", 2, 0), ("irecv", 2, 1), ("isend", 2, 0), ("isend", 2, 1)]
     assert third == [("irecv", 0, 0), ("irecv", 0, 1), ("isend", 0, 0), ("isend", 0, 1)]
-
-
-# Kind, peer, bytes.
-Operation = tuple[str, int, int]
-
-
-@dataclass
-class _Recorder(VirtualGroup):
-    """Notes each exchange as NCCL would see it: one batch, by tag, tags then forgotten."""
-
-    batches: list[list[Operation]] = field(default_factory=list)
-
-    def start(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> Sequence[Pending]:
-        operations = [("send", x) for x in sends] + [("recv", x) for x in recvs]
-        operations.sort(key=lambda operation: operation[1].tag)
-        if operations:
-            self.batches.append([(kind, x.peer, x.tensor.nbytes) for kind, x in operations])
-        return super().start(sends, recvs)
-
-
-def _replay(batches: list[list[list[Operation]]]) -> None:
-    """Run batches as NCCL does: one at a time on a rank, first in, first out between two ranks."""
-    world_size = len(batches)
-    done = [0] * world_size
-    while any(done[rank] < len(batches[rank]) for rank in range(world_size)):
-        current = [
-            batches[rank][done[rank]] if done[rank] < len(batches[rank]) else []
-            for rank in range(world_size)
-        ]
-        sent: defaultdict[tuple[int, int], deque[int]] = defaultdict(deque)
-        for rank, batch in enumerate(current):
-            for kind, peer, size in batch:
-                if kind == "send":
-                    sent[rank, peer].append(size)
-        for rank, batch in enumerate(current):
-            for kind, peer, size in batch:
-                if kind == "recv":
-                    assert sent[peer, rank], f"rank {rank} waits for {peer} in batch {done[rank]}"
-                    assert sent[peer, rank].popleft() == size
-        assert not any(sent.values()), "sent, and nobody receives"
-        done = [count + bool(batch) for count, batch in zip(done, current, strict=True)]
-
-
-@pytest.mark.proves("ring attention: no deadlock in NCCL's order", on="CPU")
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8, 16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ring_attention_s_exchanges_pair_up_in_order(world_size: int, layout: str) -> None:
-    def body(group: Any) -> list[list[Operation]]:
-        recorder = _Recorder(group.rank(), group.size(), group.mail)
-        inputs = [torch.ones(1, 2, heads, 8, requires_grad=True) for heads in (2, 1, 1)]
-        ring_attention(*inputs, group=recorder, layout=layout).sum().backward()
-        return recorder.batches
-
-    batches = run_virtual(world_size, body)
-    # Forward: one exchange per hop; backward: one for K/V and one for their gradients.
-    assert all(len(rank) == 3 * (world_size - 1) for rank in batches)
-    _replay(batches)

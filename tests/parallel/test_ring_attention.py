@@ -3,13 +3,17 @@
 import itertools
 import threading
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ringctx.config import Schedule, TopologyKind
 from ringctx.errors import LayoutError
 from ringctx.ops.block_attention import block_forward
 from ringctx.parallel import ring_attention
@@ -22,43 +26,116 @@ from ringctx.parallel.comm import (
     record_traffic,
 )
 from ringctx.parallel.layout import LAYOUTS
+from tests.kernel_calls import count_kernel_calls
 from tests.parallel.ring_cases import Case, assert_matches_oracle, attend_on_rank
 from tests.virtual_ranks import run_virtual
 
+SCHEDULES = [schedule for schedule in get_args(Schedule) if schedule != "auto"]
+TOPOLOGIES: tuple[TopologyKind, ...] = get_args(TopologyKind)
 # Even and odd lengths, GQA, MQA with an odd number of heads, MHA on one token.
-SHAPES: tuple[dict[str, int], ...] = (
+SHAPES: tuple[dict[str, Any], ...] = (
     {"batch": 1, "tokens": 6, "heads": 4, "kv_heads": 2},
     {"batch": 2, "tokens": 5, "heads": 5, "kv_heads": 1},
     {"batch": 2, "tokens": 1, "heads": 3, "kv_heads": 3},
+    {"batch": 1, "tokens": 9, "heads": 3, "kv_heads": 3},
 )
+MASKS: tuple[dict[str, Any], ...] = (
+    {"causal": True},
+    {"causal": False},
+    {"window": 4},
+    {"window": 3, "sinks": 2},
+    {"documents": 4},
+    {"documents": 4, "causal": False},
+    {"documents": 3, "window": 3},
+    {"documents": 3, "window": 4, "sinks": 1},
+)
+WORLDS = (1, 2, 3, 4, 8)
+
+
+def _fits(case: Case) -> bool:
+    node_divides = case.topology != "two_level" or case.world_size % 2 == 0
+    return node_divides and case.seq_len > max(case.documents, case.window or 0)
+
+
+# Every world x layout x mask x schedule, with shapes, dtypes and wires in turn.
 EXACT = [
-    Case(world_size=world_size, layout=layout, causal=causal, dtype=dtype, **shape)
-    for world_size, layout, causal, dtype, shape in itertools.product(
-        (1, 2, 3, 4, 8), LAYOUTS, (True, False), (torch.float32, torch.float64), SHAPES
+    case
+    for i, (world_size, layout, mask, schedule) in enumerate(
+        itertools.product(WORLDS, LAYOUTS, MASKS, SCHEDULES)
     )
+    for case in [
+        Case(
+            world_size=world_size,
+            layout=layout,
+            schedule=schedule,
+            topology=TOPOLOGIES[(i // 5 + i) % len(TOPOLOGIES)],
+            dtype=(torch.float32, torch.float64)[i // 3 % 2],
+            **mask,
+            **SHAPES[(i // 7 + i) % len(SHAPES)],
+        )
+    ]
+    if _fits(case)
 ]
 # Long enough for an error's mean to mean something.
 ROUNDED = [
-    Case(
-        world_size=world_size,
-        layout=layout,
-        causal=causal,
-        dtype=torch.bfloat16,
-        batch=2,
-        tokens=33,
-        heads=4,
-        kv_heads=kv_heads,
-        head_dim=16,
+    case
+    for i, (world_size, layout, mask, schedule) in enumerate(
+        itertools.product((2, 3, 4, 8), LAYOUTS, MASKS[::2], SCHEDULES)
     )
-    for world_size, layout, causal, kv_heads in itertools.product(
-        (1, 2, 3, 4, 8), LAYOUTS, (True, False), (1, 2, 4)
-    )
+    for case in [
+        Case(
+            world_size=world_size,
+            layout=layout,
+            schedule=schedule,
+            topology=TOPOLOGIES[i // 3 % len(TOPOLOGIES)],
+            dtype=torch.bfloat16,
+            batch=2,
+            tokens=33,
+            heads=4,
+            kv_heads=(1, 2, 4)[i // 2 % 3],
+            head_dim=16,
+            **(mask | ({"window": 40} if "window" in mask else {})),
+        )
+    ]
+    if _fits(case)
 ]
 
 
-@pytest.mark.proves("ring attention one_way, forward and backward", on="CPU")
+@pytest.mark.proves("ring attention: every schedule, layout and mask, both passes", on="CPU")
 @pytest.mark.parametrize("case", EXACT + ROUNDED, ids=str)
 def test_equals_the_float64_oracle(case: Case) -> None:
+    results = run_virtual(case.world_size, lambda group: attend_on_rank(group, case))
+    assert_matches_oracle(case, results)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    topology = draw(st.sampled_from(TOPOLOGIES))
+    kv_heads = draw(st.integers(1, 3))
+    causal = draw(st.booleans())
+    window = draw(st.none() | st.integers(1, 40)) if causal else None
+    case = Case(
+        world_size=draw(st.sampled_from((2, 4, 6) if topology == "two_level" else (1, 2, 3, 5))),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        causal=causal,
+        window=window,
+        sinks=draw(st.integers(0, 5)) if window else 0,
+        documents=draw(st.integers(1, 5)),
+        schedule=draw(st.sampled_from(["auto", *SCHEDULES])),
+        topology=topology,
+        dtype=torch.float64,
+        tokens=draw(st.integers(1, 12)),
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head_dim=4,
+    )
+    assume(case.seq_len > case.documents)
+    return case
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_any_case_equals_the_float64_oracle(case: Case) -> None:
     results = run_virtual(case.world_size, lambda group: attend_on_rank(group, case))
     assert_matches_oracle(case, results)
 
@@ -72,17 +149,31 @@ def test_tiles_larger_than_any_kernel_s_match_the_oracle() -> None:
 def test_one_rank_is_bit_equal_to_flash() -> None:
     q, k, v, _ = Case(world_size=1, dtype=torch.bfloat16, tokens=20).whole_inputs()
     out, lse = ring_attention(q, k, v, group=SoloGroup(), return_lse=True)
-    flash_out, flash_lse = block_forward(q, k, v, causal=True, scale=q.shape[3] ** -0.5)
+    flash_out, flash_lse = block_forward(q, k, v, mask="causal", scale=q.shape[3] ** -0.5)
     assert torch.equal(out, flash_out)
     assert torch.equal(lse, flash_lse)
 
 
-def test_two_runs_are_bit_equal() -> None:
-    case = Case(world_size=4, tokens=16)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_two_runs_are_bit_equal(schedule: str) -> None:
+    case = Case(world_size=4, tokens=16, schedule=schedule, topology="cables", window=20)
     first, second = (run_virtual(4, lambda group: attend_on_rank(group, case)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         pairs = zip(vars(a).values(), vars(b).values(), strict=True)
         assert all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.proves("ring attention: no mask runs on the naive reference", on="CPU")
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_mask_runs_on_the_naive_reference(
+    layout: str, mask: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_kernel_calls(monkeypatch)
+    for schedule in SCHEDULES:
+        case = Case(world_size=3, layout=layout, schedule=schedule, tokens=8, **mask)
+        run_virtual(3, lambda group, case=case: attend_on_rank(group, case))  # type: ignore[misc]
+    assert {kernel for kernel, _ in calls} == {"cpu_flash"}, calls
 
 
 def test_scale_replaces_the_default() -> None:
@@ -172,7 +263,7 @@ def test_never_holds_a_matrix_of_scores_or_mask(layout: str) -> None:
     [(torch.bfloat16, 2, 4), (torch.float32, 4, 4), (torch.float64, 8, 8)],
     ids=["bf16", "fp32", "fp64"],
 )
-def test_bytes_equal_the_formula(
+def test_bytes_of_the_one_way_ring_equal_the_formula(
     world_size: int, dtype: torch.dtype, element: int, accumulator: int
 ) -> None:
     case = Case(world_size=world_size, dtype=dtype, batch=2, heads=4, kv_heads=2)
@@ -182,7 +273,7 @@ def test_bytes_equal_the_formula(
     def body(group: Group) -> None:
         inputs = [x[:, : case.local_len].clone().requires_grad_() for x in case.whole_inputs()[:3]]
         with record_traffic() as ledger:
-            out = ring_attention(*inputs, group=group)
+            out = ring_attention(*inputs, group=group, causal=False, schedule="one_way")
         forward_bytes = hops * kv_elements * element
         assert ledger.moved_bytes == forward_bytes
         # Outside the block: what ran forward in it still counts.
@@ -201,7 +292,7 @@ def test_backward_in_another_thread_counts_into_its_forward_s_ledger() -> None:
     def body(group: Group) -> int:
         inputs = [x[:, :6].clone().requires_grad_() for x in Case(world_size=2).whole_inputs()[:3]]
         with record_traffic() as ledger:
-            out = ring_attention(*inputs, group=group)
+            out = ring_attention(*inputs, group=group, causal=False, schedule="one_way")
             forward_bytes = ledger.moved_bytes
             backward = threading.Thread(target=out.sum().backward)
             backward.start()
@@ -246,7 +337,12 @@ def _qkv(**changes: Any) -> dict[str, Any]:
         (_qkv(**{name: torch.zeros(1, 4, 4, 8).int() for name in "qkv"}), "floating dtype"),
         (_qkv(q=torch.zeros(1, 4, 4, 8, device="meta")), "on devices meta, cpu, cpu"),
         (_qkv(layout="spiral"), "layout='spiral' is not known; choose one of contiguous, zigzag"),
-        (_qkv(schedule="two_way"), "schedule='two_way' is not known; choose one of auto, one_way"),
+        (_qkv(schedule="both"), "schedule='both' is not known; choose one of auto, one_way"),
+        (_qkv(window=0), "window=0"),
+        (_qkv(sinks=2), "sinks=2"),
+        (_qkv(window=2, causal=False), "window=2"),
+        (_qkv(cu_seqlens=torch.tensor([0, 5, 5, 8]).int()), "cu_seqlens"),
+        (_qkv(cu_seqlens=torch.tensor([0, 5]).int()), "cu_seqlens"),
         (
             _qkv(**{name: torch.zeros(1, 3, 4, 8) for name in "qkv"}),
             r"(?s)seq_len=6 is not divisible by 2 \* world_size = 4 .*nearest valid .* are 4 and 8",
@@ -254,9 +350,38 @@ def _qkv(**changes: Any) -> dict[str, Any]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_rejects_what_cannot_work_before_any_transfer(call: dict[str, Any], message: str) -> None:
+def test_rejects_what_cannot_work_before_any_transfer(
+    call: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With it the ranks would tell one another.
+    monkeypatch.delenv("RINGCTX_CHECK")
     with pytest.raises(LayoutError, match=message):
         ring_attention(**({"group": _NobodyThere()} | call))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"window": 5}, r"(?s)not make the same call:\nwindow: ranks 0, 2 have 4; rank 1 has 5"),
+        ({"schedule": "all_gather"}, "schedule: ranks 0, 2 have two_way; rank 1 has all_gather"),
+        ({"heads": 8}, r"q: ranks 0, 2 have float32 \[1, 4, 4, 8\]; rank 1 has float32 \[1, 4, 8"),
+        ({"tokens": 6}, r"q: ranks 0, 2 have float32 \[1, 4, 4, 8\]; rank 1 has float32 \[1, 6"),
+        ({"window": 0}, r"(?s)rank 1: window=0.*window: ranks 0, 2 have 4; rank 1 has 0"),
+    ],
+    ids=str,
+)
+def test_ranks_that_call_with_different_arguments_all_hear_which(
+    changed: dict[str, Any], message: str
+) -> None:
+    def body(group: Group) -> str:
+        case = Case(world_size=3, window=4, schedule="two_way", tokens=4)
+        if group.rank() == 1:
+            case = replace(case, **changed)
+        with pytest.raises(LayoutError, match=message) as raised:
+            attend_on_rank(group, case)
+        return str(raised.value)
+
+    assert len(set(run_virtual(3, body))) == 1
 
 
 def test_gradient_of_lse_is_refused() -> None:

@@ -2,30 +2,48 @@
 
 import itertools
 import warnings
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from ringctx.config import TopologyKind
 from ringctx.parallel import ring_attention, shard, unshard
 from ringctx.parallel.comm import Group, record_traffic
 from tests.parallel.ring_cases import Case, RankResult, assert_matches_oracle, attend_on_rank
 from tests.ranks import run_ranks
 
+MASKS: tuple[dict[str, Any], ...] = (
+    {},
+    {"causal": False},
+    {"window": 7, "sinks": 2, "documents": 3},
+)
+TOPOLOGIES: tuple[TopologyKind, ...] = get_args(TopologyKind)
+SCHEDULES = ("one_way", "two_way", "token_ring", "all_gather")
 CASES = [
-    Case(world_size=world_size, layout=layout, causal=causal, batch=2, tokens=5)
-    for world_size, (layout, causal) in itertools.product(
-        (2, 3, 4, 8),
-        (("contiguous", True), ("zigzag", True), ("striped", True), ("zigzag", False)),
+    Case(
+        world_size=world_size,
+        schedule=schedule,
+        layout=("zigzag", "contiguous", "striped")[i % 3],
+        topology=TOPOLOGIES[(i // 2 + i) % len(TOPOLOGIES)],
+        batch=1 + i % 2,
+        tokens=5,
+        **mask,
     )
+    for i, (schedule, mask, world_size) in enumerate(itertools.product(SCHEDULES, MASKS, (2, 4, 8)))
 ] + [
     Case(world_size=1),
+    Case(world_size=3, topology="cables", schedule="two_way"),
+    Case(world_size=3, topology="cables", schedule="token_ring", documents=4),
+    Case(world_size=3, topology="fully_connected", schedule="auto"),
     Case(world_size=2, dtype=torch.float64, tokens=1, layout="striped"),
     Case(world_size=3, dtype=torch.float64, heads=5, kv_heads=1, tokens=7, layout="contiguous"),
-    Case(world_size=2, dtype=torch.bfloat16, tokens=33, head_dim=16),
+    Case(world_size=2, dtype=torch.bfloat16, tokens=33, head_dim=16, schedule="token_ring"),
     Case(world_size=4, dtype=torch.bfloat16, tokens=33, head_dim=16, layout="striped"),
     # A megabyte a message: more than a socket holds.
     Case(world_size=2, tokens=256, heads=2, kv_heads=2, head_dim=512),
+    Case(world_size=3, tokens=256, heads=2, kv_heads=2, head_dim=512, schedule="token_ring"),
 ]
 
 
@@ -38,7 +56,7 @@ def _attend(case: Case) -> RankResult:
     return attend_on_rank(_world(), case)
 
 
-@pytest.mark.proves("ring attention one_way, forward and backward", on="CPU/gloo")
+@pytest.mark.proves("ring attention: every schedule, both passes", on="CPU/gloo")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_float64_oracle_over_gloo(case: Case) -> None:
     assert_matches_oracle(case, run_ranks(case.world_size, _attend, case))

@@ -1,0 +1,343 @@
+"""What one pass of attention costs on a topology: time, bytes on every link, memory.
+
+One idea: a route is a table, so its price is a few sums over that table. Ring steps are taken in
+lockstep, and a step lasts as long as the longer of
+
+    compute     of the rank with most visible (query, key) pairs to attend in it
+    transfers   due in it: bytes / rate on the busiest link, and the latency
+
+Pieces that leave when a step begins travel during it; results that leave when it ends travel during
+the next one. A transfer that may take several steps loads its links over all of them. Nothing is
+run, and nothing measured: `traffic.py` says what a token weighs, `topology.py` what a link carries.
+
+Price: of the order of the hops in the route: milliseconds for 64 ranks, seconds for 1024.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain as joined
+
+import numpy as np
+import numpy.typing as npt
+
+from ringctx.parallel.layout import Sharding
+from ringctx.parallel.mask import Mask
+from ringctx.parallel.pair_counts import visible_pairs
+from ringctx.parallel.routes import Hops, Route
+from ringctx.parallel.topology import Ints, Wiring
+from ringctx.parallel.traffic import Shape
+from ringctx.parallel.ways import build_route, travels_in
+
+__all__ = ["PassCost", "bytes_between", "pass_cost", "route_of_pass"]
+
+Floats = npt.NDArray[np.float64]
+
+# Keys are added up in a dense table up to this size, beyond it by sorting.
+_DENSE = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PassCost:
+    """The price of one pass under one schedule."""
+
+    schedule: str
+    time_s: float
+    # Of which the slowest rank of each step computes.
+    compute_s: float
+    # Links by number (see `Wiring.link_name`), rising, and the bytes that each carries.
+    links: Ints
+    link_bytes: Ints
+    # In words; None where nothing moves.
+    busiest_link: str | None
+    busiest_bytes: int
+    # What each rank sends.
+    sent_bytes: Ints
+    ring_steps: int
+    # Largest, of any rank at any time, beyond the local tensors that go in and come out.
+    memory_bytes: int
+    # Ranks that a rank exchanges anything with; all in the one group of the ring.
+    peers: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What all ranks send."""
+        return int(self.sent_bytes.sum())
+
+
+def route_of_pass(
+    schedule: str,
+    *,
+    backward: bool,
+    shape: Shape,
+    sharding: Sharding,
+    mask: Mask,
+    wiring: Wiring,
+) -> Route:
+    """The route that `ring_attention` runs.
+
+    Args:
+        schedule: any but "auto".
+        backward: which of the two passes.
+        shape: what a token weighs.
+        sharding: the sequence and its layout.
+        mask: who sees whom.
+        wiring: the links between the ranks.
+    """
+    travels = travels_in(schedule)
+    out = shape.guest_bytes(travels, backward=backward)
+    home = shape.result_bytes(travels, "carried", backward=backward)
+    return build_route(
+        schedule, sharding=sharding, mask=mask, wiring=wiring, returns_weight=home / out
+    )
+
+
+@lru_cache(maxsize=256)
+def pass_cost(
+    schedule: str,
+    *,
+    backward: bool,
+    shape: Shape,
+    sharding: Sharding,
+    mask: Mask,
+    wiring: Wiring,
+) -> PassCost:
+    """Price one pass; arguments as for `route_of_pass`."""
+    route = route_of_pass(
+        schedule, backward=backward, shape=shape, sharding=sharding, mask=mask, wiring=wiring
+    )
+    moved = _Moved.on(route, shape, backward=backward)
+    compute_s = _compute_s(route, moved, shape, sharding, mask, wiring, backward=backward)
+    load = _LinkLoad.of(moved, wiring)
+    links, link_bytes = _summed(load.link, load.bytes)
+    busy_s = link_bytes / wiring.bytes_per_s(links)
+    busiest = int(busy_s.argmax()) if len(links) else None
+    ranks = sharding.world_size
+    return PassCost(
+        schedule=schedule,
+        time_s=_lockstep(compute_s, load, wiring),
+        compute_s=float(compute_s.sum()),
+        links=links,
+        link_bytes=link_bytes,
+        busiest_link=None if busiest is None else wiring.link_name(int(links[busiest])),
+        busiest_bytes=0 if busiest is None else int(link_bytes[busiest]),
+        sent_bytes=_bincount(moved.src, moved.bytes, ranks),
+        ring_steps=route.num_steps,
+        memory_bytes=_memory(route, moved, shape, sharding, backward=backward),
+        peers=_peers(moved, ranks),
+    )
+
+
+def bytes_between(
+    schedule: str,
+    *,
+    backward: bool,
+    shape: Shape,
+    sharding: Sharding,
+    mask: Mask,
+    wiring: Wiring,
+) -> Ints:
+    """Bytes that each rank sends to each other in one pass, `[source, destination]`."""
+    route = route_of_pass(
+        schedule, backward=backward, shape=shape, sharding=sharding, mask=mask, wiring=wiring
+    )
+    moved, ranks = _Moved.on(route, shape, backward=backward), sharding.world_size
+    pair = moved.src * ranks + moved.dst
+    return _bincount(pair, moved.bytes, ranks * ranks).reshape(ranks, ranks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moved:
+    """Every transfer of a pass: first the pieces', then the results'."""
+
+    num_guests: int
+    src: Ints
+    dst: Ints
+    bytes: Ints
+    # The first and last ring step during which it is under way.
+    first: Ints
+    last: Ints
+
+    @staticmethod
+    def on(route: Route, shape: Shape, *, backward: bool) -> "_Moved":
+        rows = np.array([chain.piece.length for chain in route.chains], dtype=np.int64)
+        guest = shape.guest_bytes(route.travels, backward=backward)
+        result = 0
+        if route.returns != "none":
+            result = shape.result_bytes(route.travels, route.returns, backward=backward)
+        out, home = route.guests, route.results
+
+        def both(name: str) -> Ints:
+            return np.concatenate([getattr(out, name), getattr(home, name)])
+
+        late = np.repeat([0, 1], [len(out), len(home)])
+        weight = np.concatenate([rows[out.chain] * guest, rows[home.chain] * result])
+        return _Moved(
+            len(out),
+            both("src"),
+            both("dst"),
+            weight,
+            both("departs") + late,
+            both("arrives") + late - 1,
+        )
+
+
+def _attended(route: Route) -> Ints:
+    """The hops of `route.guests` after which the piece is attended."""
+    flags = joined.from_iterable(chain.attends for chain in route.chains)
+    return np.flatnonzero(np.fromiter(flags, dtype=bool, count=len(route.guests)))
+
+
+def _compute_s(
+    route: Route,
+    moved: _Moved,
+    shape: Shape,
+    sharding: Sharding,
+    mask: Mask,
+    wiring: Wiring,
+    *,
+    backward: bool,
+) -> Floats:
+    """What the slowest rank computes in each ring step; the own shard in the first."""
+    every = np.arange(sharding.world_size)
+    keys = route.travels == "kv"
+    own = [sharding.shard(rank) for rank in every.tolist()]
+    hops = _attended(route)
+    guests = [route.chains[chain].piece for chain in route.guests.chain[hops].tolist()]
+    ranks = np.concatenate([every, moved.dst[hops]])
+    steps = np.concatenate([np.zeros_like(every), route.guests.arrives[hops]])
+    pairs = visible_pairs(mask, sharding, pieces=own + guests, ranks=ranks, keys=keys)
+    table = _bincount(ranks * route.num_steps + steps, pairs, len(every) * route.num_steps)
+    slowest = table.reshape(len(every), route.num_steps).max(axis=0)
+    flops: Floats = shape.flops(1.0, backward=backward) * slowest
+    return flops / wiring.topology.flops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LinkLoad:
+    """Each transfer on each of its links."""
+
+    link: Ints
+    bytes: Ints
+    first: Ints
+    last: Ints
+
+    @staticmethod
+    def of(moved: _Moved, wiring: Wiring) -> "_LinkLoad":
+        used = wiring.occupied(moved.src, moved.dst)
+        columns = (moved.bytes, moved.first, moved.last)
+        return _LinkLoad(used.link, *(column[used.transfer] for column in columns))
+
+    def rows(self, index: Ints | npt.NDArray[np.bool_]) -> "_LinkLoad":
+        return _LinkLoad(*(getattr(self, name)[index] for name in self.__slots__))
+
+
+def _lockstep(compute_s: Floats, load: _LinkLoad, wiring: Wiring) -> float:
+    """When the last ring step ends."""
+    steps = len(compute_s)
+    spans = np.unique(load.last - load.first + 1).tolist()
+    # due_s[span][t]: what the links need for all that must move within steps t .. t + span - 1
+    due_s = {span: _due_s(load, span, steps, wiring) for span in spans}
+    ends = np.zeros(steps + 1)
+    for step in range(steps):
+        end = ends[step] + compute_s[step]
+        for span, due in due_s.items():
+            if (first := step + 1 - span) >= 0:
+                end = max(end, ends[first] + due[first])
+        ends[step + 1] = end
+    return float(ends[-1])
+
+
+def _due_s(load: _LinkLoad, span: int, steps: int, wiring: Wiring) -> Floats:
+    length = load.last - load.first + 1
+    if span > 1:
+        # Shorter transfers count where they share a link with some of this span.
+        load = load.rows(np.isin(load.link, load.link[length == span]))
+        length = load.last - load.first + 1
+        load, length = load.rows(length <= span), length[length <= span]
+        # Each lies within these many spans.
+        repeats = span - length + 1
+        row = np.repeat(np.arange(len(length)), repeats)
+        back = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        load = load.rows(row)
+        first = load.first - back
+    else:
+        load = load.rows(length == 1)
+        first = load.first
+    inside = (first >= 0) & (first + span <= steps)
+    load, first = load.rows(inside), first[inside]
+    due = np.zeros(steps)
+    if len(first):
+        links, index = np.unique(load.link, return_inverse=True)
+        key, busy = _summed(first * len(links) + index, load.bytes)
+        busy_s = busy / wiring.bytes_per_s(links)[key % len(links)]
+        np.maximum.at(due, key // len(links), busy_s + wiring.topology.latency_us * 1e-6)
+    return due
+
+
+def _memory(
+    route: Route, moved: _Moved, shape: Shape, sharding: Sharding, *, backward: bool
+) -> int:
+    """Most that any rank holds beside its inputs and what it returns."""
+    ranks, steps = sharding.world_size, route.num_steps
+    out, home = slice(None, moved.num_guests), slice(moved.num_guests, None)
+    # Buffers of pieces: from when the receive is posted until they are attended and passed on.
+    onwards = _next_hop(route.guests)
+    until = np.where(onwards >= 0, moved.last[out][onwards], route.guests.arrives)
+    until = np.maximum(until, route.guests.arrives)
+    held = [(moved.dst[out], moved.first[out], until, moved.bytes[out])]
+    # Results: from compute until they have been sent, and where they are received.
+    if len(route.results):
+        src, dst, weight = moved.src[home], moved.dst[home], moved.bytes[home]
+        held.append((src, route.results.departs, moved.last[home], weight))
+        held.append((dst, moved.first[home], moved.last[home], weight))
+    change = np.zeros(ranks * (steps + 1), dtype=np.int64)
+    for rank, first, last, weight in held:
+        row = rank * (steps + 1)
+        change += _bincount(row + first, weight, len(change))
+        change -= _bincount(row + last + 1, weight, len(change))
+    peak = int(change.reshape(ranks, steps + 1).cumsum(axis=1).max())
+    if ranks == 1 and not backward:
+        # What the kernel returns is what goes out.
+        return peak
+    return peak + sharding.local_len * _accumulators(route, shape, backward=backward)
+
+
+def _next_hop(hops: Hops) -> Ints:
+    """The row by which a piece leaves the rank it came to, or -1."""
+    following = np.arange(1, len(hops) + 1)
+    if not len(hops):
+        return following
+    goes_on = np.zeros(len(hops), dtype=bool)
+    goes_on[:-1] = (hops.chain[1:] == hops.chain[:-1]) & (hops.src[1:] == hops.dst[:-1])
+    return np.where(goes_on, following, -1)
+
+
+def _accumulators(route: Route, shape: Shape, *, backward: bool) -> int:
+    """Bytes per local token of sums kept in wide precision."""
+    wide = shape.accumulator_dtype.itemsize
+    row = shape.head_dim * wide
+    if not backward:
+        return shape.batch * shape.heads * (row + wide)
+    delta = shape.heads * wide if route.travels == "q" else 0
+    return shape.batch * ((shape.heads + 2 * shape.kv_heads) * row + delta)
+
+
+def _peers(moved: _Moved, ranks: int) -> int:
+    """Most ranks that any one rank sends to or receives from."""
+    ends = (moved.src, moved.dst)
+    pairs = np.unique(np.concatenate([a * ranks + b for a, b in (ends, ends[::-1])]))
+    return int(np.bincount(pairs // ranks, minlength=1).max())
+
+
+def _bincount(index: Ints, weights: Ints, size: int) -> Ints:
+    # In float64: exact up to 2^53.
+    return np.bincount(index, weights=weights, minlength=size).astype(np.int64)
+
+
+def _summed(key: Ints, weights: Ints) -> tuple[Ints, Ints]:
+    """The distinct keys, rising, and the sum of each one's weights."""
+    if len(key) and int(key.max()) < _DENSE:
+        found = np.flatnonzero(np.bincount(key))
+        return found, _bincount(key, weights, 0)[found]
+    found, index = np.unique(key, return_inverse=True)
+    return found, _bincount(index, weights, len(found))
