@@ -28,7 +28,8 @@ from ringctx.config import Layout, Schedule
 __all__ = ["summary"]
 
 _FOLDER = Path(__file__).resolve().parent
-_OURS = (*get_args(Schedule), "ulysses")
+# one_way_everywhere: whole shards to all ranks, as peers send them, whatever the mask.
+_OURS = (*get_args(Schedule), "one_way_everywhere", "ulysses")
 
 
 def main() -> int:

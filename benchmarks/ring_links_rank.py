@@ -16,6 +16,13 @@ from torch.nn import functional
 from ringctx.config import TopologyConfig
 from ringctx.parallel import ring_attention, shard
 from ringctx.parallel.comm import record_traffic
+from ringctx.parallel.cost import route_of_pass
+from ringctx.parallel.layout import Sharding
+from ringctx.parallel.mask import Mask
+from ringctx.parallel.ring_attention import PassPlan, RingAttention, wiring_of
+from ringctx.parallel.ring_pass import Place
+from ringctx.parallel.routes import Route
+from ringctx.parallel.traffic import Shape
 
 __all__ = ["measure"]
 
@@ -70,6 +77,8 @@ def _variants(settings: Settings) -> dict[str, _Variant]:
     topology = TopologyConfig(**settings["topology"])
 
     def ours(schedule: str) -> Attend:
+        if schedule == "one_way_everywhere":
+            return _everywhere(layout=layout, topology=topology, **masks)
         if schedule == "ulysses":
             from ringctx.parallel.ulysses import ulysses_attention
 
@@ -85,6 +94,41 @@ def _variants(settings: Settings) -> dict[str, _Variant]:
         for name, attend in load(settings["peers"], group=group, causal=causal).items():
             attends[name] = (attend, layout_of(name, causal=causal))
     return {name: _Variant(attend, _local(whole, x)) for name, (attend, x) in attends.items()}
+
+
+def _everywhere(*, layout: str, topology: TopologyConfig, **masks: Any) -> Attend:
+    """The ring as peers run it: each shard visits all ranks, whoever needs it."""
+    group = dist.group.WORLD
+    assert group is not None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sharding = Sharding(q.shape[1] * dist.get_world_size(), dist.get_world_size(), layout)
+        mask = Mask.checked(sinks=0, cu_seqlens=None, seq_len=sharding.seq_len, **masks)
+        heads, head_dim = q.shape[2:]
+        plan = _EverywherePlan(
+            Place(group=group, sharding=sharding, mask=mask, scale=head_dim**-0.5),
+            Shape(heads=heads, kv_heads=k.shape[2], head_dim=head_dim, dtype=q.dtype),
+            wiring_of(group, topology),
+            "one_way",
+        )
+        out: Tensor = RingAttention.apply(q, k, v, plan)[0]  # type: ignore[no-untyped-call]
+        return out
+
+    return attend
+
+
+class _EverywherePlan(PassPlan):
+    """Routes for a mask that hides nothing, whatever the mask."""
+
+    def route(self, *, backward: bool) -> Route:
+        return route_of_pass(
+            self.schedule,
+            backward=backward,
+            shape=self.shape,
+            sharding=self.place.sharding,
+            mask=Mask(causal=False),
+            wiring=self.wiring,
+        )
 
 
 def _inputs(settings: Settings) -> list[Tensor]:

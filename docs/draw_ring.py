@@ -282,10 +282,11 @@ class RouteDrawing:
             held[rank, 0, rank].append((self.sharding.shard(rank), True))
         for chain in self.route.chains:
             piece, owner = chain.piece, chain.piece.owner
-            for i, (rank, attends) in enumerate(zip(chain.path[1:], chain.attends, strict=True)):
-                held[rank, chain.arrives + i, owner].append((piece, attends))
-            if chain.departs:
-                held[owner, chain.departs, owner].append((piece, False))
+            arrivals = chain.arrivals().tolist()
+            for rank, step, attends in zip(chain.path[1:], arrivals, chain.attends, strict=True):
+                held[rank, step, owner].append((piece, attends))
+            if chain.guest_hops().departs[0]:
+                held[owner, int(chain.guest_hops().departs[0]), owner].append((piece, False))
         return held
 
     def _line(self, owner: int, rank: int) -> float:

@@ -1,21 +1,26 @@
 """Writes the computed tables of docs/ring_attention.md (`--check`: only compare).
 
 One idea: the page quotes the cost function, so its numbers come out of it, and a closed form stands
-there only when it agrees. A table replaces what is between `<!-- table: NAME -->` and `<!-- end -->`.
+there only when it agrees. A table replaces what is between `<!-- table: NAME -->` and the next
+`<!-- end -->`.
 """
 
 import re
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
 
 from ringctx.config import TopologyConfig, TopologyKind
-from ringctx.parallel.cost import SCHEDULES, choose, pass_cost
+from ringctx.launch import cli
+from ringctx.parallel.cost import SCHEDULES, choose, pass_cost, route_of_pass
 from ringctx.parallel.layout import LAYOUTS, Sharding
 from ringctx.parallel.mask import Mask
+from ringctx.parallel.render_route import render_route
 from ringctx.parallel.topology import Wiring, wire_up
 from ringctx.parallel.traffic import Shape
 
@@ -212,8 +217,34 @@ def weights() -> list[str]:
             for backward in (False, True):
                 cells.append(shape.guest_bytes(travels, backward=backward))  # type: ignore[arg-type]
                 cells.append(shape.result_bytes(travels, way, backward=backward))  # type: ignore[arg-type]
-            lines.append(_row(f"{name}: {label}", *(f"{cell:,}" if cell else "-" for cell in cells)))
+            lines.append(
+                _row(f"{name}: {label}", *(f"{cell:,}" if cell else "-" for cell in cells))
+            )
     return lines
+
+
+def route() -> list[str]:
+    """A route as text."""
+    sharding = Sharding(64, 4, "zigzag")
+    table = route_of_pass(
+        "two_way",
+        backward=False,
+        shape=MHA,
+        sharding=sharding,
+        mask=Mask(),
+        wiring=_wiring("cables", ranks=4),
+    )
+    return ["```", *render_route(table, world_size=4).splitlines(), "```"]
+
+
+def plan() -> list[str]:
+    """What the command prints."""
+    arguments = f"--seq-len 32k --heads 32 --ranks 8 --topology cables --link-gbit {SLOW_GBIT:g}"
+    command = ["plan", "attention", *arguments.split()]
+    printed = StringIO()
+    with redirect_stdout(printed):
+        cli.main(command)
+    return ["```", f"$ ringctx {' '.join(command)}", *printed.getvalue().splitlines(), "```"]
 
 
 def _wiring(
@@ -242,6 +273,8 @@ TABLES = {
     "busiest_links": busiest_links,
     "winners": winners,
     "pruned": pruned,
+    "route": route,
+    "plan": plan,
 }
 
 

@@ -10,7 +10,9 @@ per exchange. What each backend needs:
            tags are ignored, so both ends list the transfers between them in the same order
 
 `batch_isend_irecv` with receives first, and transfers ordered by tag, is right for both: one group
-launch on NCCL, a loop in the given order on gloo.
+launch on NCCL, a loop in the given order on gloo. What will only be sent later is announced by
+`expect`: on gloo at once, as the word to the sender must not queue behind a large send on the same
+connection; on NCCL with its exchange.
 """
 
 import time
@@ -29,6 +31,7 @@ from ringctx.errors import LayoutError
 
 __all__ = [
     "Exchange",
+    "Expected",
     "Group",
     "Ledger",
     "LocalGroup",
@@ -37,6 +40,7 @@ __all__ = [
     "Transfer",
     "current_ledger",
     "exchange",
+    "expect",
     "group_rank",
     "group_size",
     "record_into",
@@ -232,7 +236,25 @@ class Exchange:
         self._pending, self._sends = (), ()
 
 
-def exchange(sends: Sequence[Transfer], recvs: Sequence[Transfer], *, group: Group) -> Exchange:
+@dataclass(frozen=True, slots=True, eq=False)
+class Expected:
+    """Receives of an exchange to come, posted already where that is of use."""
+
+    recvs: Sequence[Transfer]
+    posted: Sequence[Pending] | None
+
+
+def expect(recvs: Sequence[Transfer], *, group: Group) -> Expected:
+    """Make ready to receive what peers will send in a later exchange, which takes the result."""
+    _check_transfers(recvs, group)
+    if not isinstance(group, dist.ProcessGroup) or any(x.tensor.is_cuda for x in recvs):
+        return Expected(recvs, None)
+    return Expected(recvs, _start((), recvs, group))
+
+
+def exchange(
+    sends: Sequence[Transfer], recvs: Sequence[Transfer] | Expected, *, group: Group
+) -> Exchange:
     """Start sending and receiving; never blocks.
 
     Every rank names the transfers of one exchange; a transfer without its other end waits until the
@@ -241,23 +263,27 @@ def exchange(sends: Sequence[Transfer], recvs: Sequence[Transfer], *, group: Gro
     Args:
         sends: contiguous tensors that leave; at most one per (peer, tag).
         recvs: contiguous tensors to be overwritten, shape and dtype as sent; one per (peer, tag).
+            Or what `expect` returned for them.
         group: where the peers' ranks count.
 
     Returns:
         The handle; `wait()` gives the received tensors.
     """
-    for transfers in (sends, recvs):
+    expected = recvs if isinstance(recvs, Expected) else Expected(recvs, None)
+    for transfers in (sends, expected.recvs):
         _check_transfers(transfers, group)
     ledger = current_ledger()
     if ledger is not None:
-        for counter, transfers in ((ledger.sent, sends), (ledger.received, recvs)):
+        for counter, transfers in ((ledger.sent, sends), (ledger.received, expected.recvs)):
             for transfer in transfers:
                 counter[_global_rank(group, transfer.peer)] += transfer.tensor.nbytes
+    unposted = expected.recvs if expected.posted is None else ()
     if isinstance(group, dist.ProcessGroup):
-        pending = _start(sends, recvs, group)
+        pending = _start(sends, unposted, group)
     else:
-        pending = group.start(sends, recvs)
-    return Exchange(pending, sends=sends, recvs=recvs, ledger=ledger)
+        pending = group.start(sends, unposted)
+    pending = [*(expected.posted or ()), *pending]
+    return Exchange(pending, sends=sends, recvs=expected.recvs, ledger=ledger)
 
 
 def _check_transfers(transfers: Sequence[Transfer], group: Group) -> None:

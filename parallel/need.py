@@ -124,7 +124,7 @@ def _seeing_queries(mask: Mask, run: Run, seq_len: int) -> list[Interval]:
     start, stop = _document(mask, last, seq_len)
     if not mask.causal:
         return [(_document(mask, first, seq_len)[0], stop)]
-    holds_sinks = start + mask.sinks > first
+    holds_sinks = mask.sinks > 0 and start + mask.sinks > first
     if mask.window is None or holds_sinks:
         return [(first, stop)]
     return [(first, min(stop, last + mask.window))]

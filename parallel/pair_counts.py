@@ -24,29 +24,38 @@ _CHUNK = 1 << 21
 
 
 def visible_pairs(
-    mask: Mask, sharding: Sharding, *, pieces: Sequence[Piece], ranks: Ints, keys: bool
+    mask: Mask,
+    sharding: Sharding,
+    *,
+    pieces: Sequence[Piece],
+    ranks: Ints,
+    keys: bool,
+    which: Ints | None = None,
 ) -> Ints:
-    """Visible pairs between each piece and the whole shard of a rank.
+    """Visible pairs between pieces and the whole shards of ranks.
 
     Args:
         mask: who sees whom.
         sharding: the sequence and its layout.
-        pieces: n pieces of shards.
-        ranks: `[n]`, the rank at the other side of each.
+        pieces: pieces of shards.
+        ranks: `[n]`, the rank at the other side.
         keys: whether the pieces hold keys and the ranks queries, or the other way round.
+        which: `[n]`, an index into `pieces`; None takes each once.
 
     Returns:
         `[n]`.
     """
+    which = np.arange(len(pieces)) if which is None else which
+    assert len(which) == len(ranks), (len(which), len(ranks))
     counts = np.zeros(len(ranks), dtype=np.int64)
     runs = _Runs.of_all(sharding)
     edges = np.array([(p.owner, p.start, p.stop) for p in pieces], dtype=np.int64).reshape(-1, 3)
     for run in range(runs.first.shape[1]):
         part = runs.clipped(edges, run)
-        some = np.flatnonzero(part.length)
+        some = np.flatnonzero(part.length[which])
         for other in range(runs.first.shape[1]):
             whole = _Spans(runs.first[ranks[some], other], runs.length[ranks[some], other])
-            here = part.rows(some)
+            here = part.rows(which[some])
             q, k = (whole, here) if keys else (here, whole)
             counts[some] += _between(mask, q, k, stride=runs.stride, seq_len=sharding.seq_len)
     return counts

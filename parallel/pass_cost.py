@@ -32,8 +32,10 @@ __all__ = ["PassCost", "bytes_between", "pass_cost", "route_of_pass"]
 
 Floats = npt.NDArray[np.float64]
 
-# Keys are added up in a dense table up to this size, beyond it by sorting.
+# Keys are numbered by a dense table up to this size, beyond it by sorting.
 _DENSE = 1 << 24
+# Transfers that are laid on their links at once.
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -200,12 +202,13 @@ def _compute_s(
     """What the slowest rank computes in each ring step; the own shard in the first."""
     every = np.arange(sharding.world_size)
     keys = route.travels == "kv"
-    own = [sharding.shard(rank) for rank in every.tolist()]
+    pieces = [sharding.shard(rank) for rank in every.tolist()]
+    pieces += [chain.piece for chain in route.chains]
     hops = _attended(route)
-    guests = [route.chains[chain].piece for chain in route.guests.chain[hops].tolist()]
+    which = np.concatenate([every, len(every) + route.guests.chain[hops]])
     ranks = np.concatenate([every, moved.dst[hops]])
     steps = np.concatenate([np.zeros_like(every), route.guests.arrives[hops]])
-    pairs = visible_pairs(mask, sharding, pieces=own + guests, ranks=ranks, keys=keys)
+    pairs = visible_pairs(mask, sharding, pieces=pieces, which=which, ranks=ranks, keys=keys)
     table = _bincount(ranks * route.num_steps + steps, pairs, len(every) * route.num_steps)
     slowest = table.reshape(len(every), route.num_steps).max(axis=0)
     flops: Floats = shape.flops(1.0, backward=backward) * slowest
@@ -223,9 +226,28 @@ class _LinkLoad:
 
     @staticmethod
     def of(moved: _Moved, wiring: Wiring) -> "_LinkLoad":
-        used = wiring.occupied(moved.src, moved.dst)
         columns = (moved.bytes, moved.first, moved.last)
-        return _LinkLoad(used.link, *(column[used.transfer] for column in columns))
+        parts = []
+        for start in range(0, max(1, len(moved.src)), _CHUNK):
+            some = slice(start, start + _CHUNK)
+            used = wiring.occupied(moved.src[some], moved.dst[some])
+            load = _LinkLoad(used.link, *(column[some][used.transfer] for column in columns))
+            # Ways over many cables are added up before they fill the memory.
+            parts.append(load.merged() if len(used.link) > 2 * _CHUNK else load)
+        return _LinkLoad(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in _LinkLoad.__slots__
+            )
+        )
+
+    def merged(self) -> "_LinkLoad":
+        """One row for each link and span of steps."""
+        span = self.last - self.first
+        spans, links = int(span.max()) + 1, int(self.link.max()) + 1
+        key, weight = _summed((self.first * spans + span) * links + self.link, self.bytes)
+        first = key // links // spans
+        return _LinkLoad(key % links, weight, first, first + key // links % spans)
 
     def rows(self, index: Ints | npt.NDArray[np.bool_]) -> "_LinkLoad":
         return _LinkLoad(*(getattr(self, name)[index] for name in self.__slots__))
@@ -234,7 +256,7 @@ class _LinkLoad:
 def _lockstep(compute_s: Floats, load: _LinkLoad, wiring: Wiring) -> float:
     """When the last ring step ends."""
     steps = len(compute_s)
-    spans = np.unique(load.last - load.first + 1).tolist()
+    spans = np.flatnonzero(np.bincount(load.last - load.first + 1)).tolist()
     # due_s[span][t]: what the links need for all that must move within steps t .. t + span - 1
     due_s = {span: _due_s(load, span, steps, wiring) for span in spans}
     ends = np.zeros(steps + 1)
@@ -267,7 +289,7 @@ def _due_s(load: _LinkLoad, span: int, steps: int, wiring: Wiring) -> Floats:
     load, first = load.rows(inside), first[inside]
     due = np.zeros(steps)
     if len(first):
-        links, index = np.unique(load.link, return_inverse=True)
+        links, index = _numbered(load.link)
         key, busy = _summed(first * len(links) + index, load.bytes)
         busy_s = busy / wiring.bytes_per_s(links)[key % len(links)]
         np.maximum.at(due, key // len(links), busy_s + wiring.topology.latency_us * 1e-6)
@@ -325,8 +347,10 @@ def _accumulators(route: Route, shape: Shape, *, backward: bool) -> int:
 def _peers(moved: _Moved, ranks: int) -> int:
     """Most ranks that any one rank sends to or receives from."""
     ends = (moved.src, moved.dst)
-    pairs = np.unique(np.concatenate([a * ranks + b for a, b in (ends, ends[::-1])]))
-    return int(np.bincount(pairs // ranks, minlength=1).max())
+    meets = np.zeros((ranks, ranks), dtype=bool)
+    for one, other in (ends, ends[::-1]):
+        meets[one, other] = True
+    return int(meets.sum(axis=1).max())
 
 
 def _bincount(index: Ints, weights: Ints, size: int) -> Ints:
@@ -336,8 +360,16 @@ def _bincount(index: Ints, weights: Ints, size: int) -> Ints:
 
 def _summed(key: Ints, weights: Ints) -> tuple[Ints, Ints]:
     """The distinct keys, rising, and the sum of each one's weights."""
-    if len(key) and int(key.max()) < _DENSE:
-        found = np.flatnonzero(np.bincount(key))
-        return found, _bincount(key, weights, 0)[found]
-    found, index = np.unique(key, return_inverse=True)
+    found, index = _numbered(key)
     return found, _bincount(index, weights, len(found))
+
+
+def _numbered(key: Ints) -> tuple[Ints, Ints]:
+    """The distinct keys, rising, and the place of each key among them."""
+    if not len(key) or int(key.max()) >= _DENSE:
+        found, index = np.unique(key, return_inverse=True)
+        return found, index
+    found = np.flatnonzero(np.bincount(key))
+    place = np.zeros(int(found[-1]) + 1, dtype=np.int64)
+    place[found] = np.arange(len(found))
+    return found, place[key]

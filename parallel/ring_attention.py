@@ -31,7 +31,7 @@ from ringctx.parallel.routes import Route
 from ringctx.parallel.topology import Wiring, wire_up
 from ringctx.parallel.traffic import Shape
 
-__all__ = ["ring_attention"]
+__all__ = ["PassPlan", "RingAttention", "ring_attention", "wiring_of"]
 
 
 @overload
@@ -147,13 +147,13 @@ def ring_attention(
         wiring = wiring_of(group, topology)
     (batch, _, heads, head_dim), kv_heads = q.shape, k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
-    plan = _Plan(
+    plan = PassPlan(
         ring_pass.Place(group=group, sharding=sharding, mask=mask, scale=scale),
         Shape(batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=q.dtype),
         wiring,
         schedule,
     )
-    out, lse = _RingAttention.apply(q, k, v, plan)  # type: ignore[no-untyped-call]
+    out, lse = RingAttention.apply(q, k, v, plan)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
@@ -167,7 +167,7 @@ def wiring_of(group: comm.Group, topology: TopologyConfig | None) -> Wiring:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class PassPlan:
     """One call, and the routes of its passes."""
 
     place: ring_pass.Place
@@ -176,6 +176,7 @@ class _Plan:
     schedule: str
 
     def route(self, *, backward: bool) -> Route:
+        """Of one pass."""
         schedule, sharding, mask = self.schedule, self.place.sharding, self.place.mask
         if schedule == "auto":
             choice = choose(shape=self.shape, sharding=sharding, mask=mask, wiring=self.wiring)
@@ -190,11 +191,12 @@ class _Plan:
         )
 
 
-class _RingAttention(torch.autograd.Function):
+class RingAttention(torch.autograd.Function):
     """Saves the local q, k, v, out and lse; backward lets the pieces travel again."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: PassPlan) -> tuple[Tensor, Tensor]:
+        """`(out, lse)`; of these, out has a gradient."""
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         route = plan.route(backward=False)
         out, lse = ring_pass.forward(q, k, v, place=plan.place, route=route)
@@ -206,6 +208,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of q, k and v."""
         q, k, v, out, lse = ctx.saved_tensors
         route = ctx.plan.route(backward=True)
         # Autograd may run this in a thread of its own, where no ledger is set.

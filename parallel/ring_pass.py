@@ -24,7 +24,7 @@ from ringctx.ops.pair_attention import PairSlice
 from ringctx.parallel import comm
 from ringctx.parallel.layout import Piece, Sharding
 from ringctx.parallel.mask import Mask, pair_slices
-from ringctx.parallel.routes import Chain, Hop, Route
+from ringctx.parallel.routes import Hop, Route
 
 __all__ = ["PairKernels", "Place", "backward", "forward"]
 
@@ -267,6 +267,8 @@ def _run(place: Place, route: Route, visits: _Visits) -> None:
     results = _Results(place, route, visits)
     for step, todo in enumerate(program):
         pieces.arrive(step)
+        for due, hops in todo.results:
+            results.expect(due, hops)
         for due, hops in todo.guests:
             pieces.start(due, hops)
         if step == 0:
@@ -288,18 +290,27 @@ class _Traveller:
     def __init__(self, place: Place, *, lane: int) -> None:
         self._place = place
         self._lane = lane
+        self._expected: dict[int, tuple[comm.Expected, list[int], int]] = {}
         self._due: dict[int, list[tuple[comm.Exchange, list[int], int]]] = {}
 
-    def begin(
-        self, due: int, sends: list[tuple[Hop, Tensors]], recvs: list[tuple[Hop, Tensors]]
-    ) -> None:
-        exchange = comm.exchange(
-            [x for hop, tensors in sends for x in self._transfers(hop, hop.dst, tensors)],
+    def expect(self, due: int, recvs: list[tuple[Hop, Tensors]]) -> None:
+        """Make ready for the next exchange that is due at this ring step."""
+        expected = comm.expect(
             [x for hop, tensors in recvs for x in self._transfers(hop, hop.src, tensors)],
             group=self._place.group,
         )
-        each = len((recvs or sends)[0][1])
-        self._due.setdefault(due, []).append((exchange, [hop.chain for hop, _ in recvs], each))
+        each = len(recvs[0][1]) if recvs else 0
+        self._expected[due] = (expected, [hop.chain for hop, _ in recvs], each)
+
+    def begin(self, due: int, sends: list[tuple[Hop, Tensors]]) -> None:
+        """Start the exchange whose receives are expected."""
+        expected, chains, each = self._expected.pop(due)
+        exchange = comm.exchange(
+            [x for hop, tensors in sends for x in self._transfers(hop, hop.dst, tensors)],
+            expected,
+            group=self._place.group,
+        )
+        self._due.setdefault(due, []).append((exchange, chains, each))
 
     def _transfers(self, hop: Hop, peer: int, tensors: Tensors) -> list[comm.Transfer]:
         # Up to four tensors a piece, on two lanes.
@@ -333,9 +344,8 @@ class _Pieces:
             self.held[self._chains[index].piece] = tensors
 
     def start(self, due: int, hops: Sequence[Hop]) -> None:
-        sends = [(hop, self._leaving(hop)) for hop in hops if hop.src == self._rank]
-        recvs = [(hop, self._buffers(hop)) for hop in hops if hop.dst == self._rank]
-        self._way.begin(due, sends, recvs)
+        self._way.expect(due, [(x, self._buffers(x)) for x in hops if x.dst == self._rank])
+        self._way.begin(due, [(x, self._leaving(x)) for x in hops if x.src == self._rank])
 
     def _leaving(self, hop: Hop) -> Tensors:
         piece = self._chains[hop.chain].piece
@@ -366,7 +376,7 @@ class _Results:
 
     def arrive(self, step: int) -> None:
         for index, arrived in self._way.finish(step):
-            chain: Chain = self._chains[index]
+            chain = self._chains[index]
             if chain.piece.owner == self._rank:
                 assert self._visits.receive is not None
                 self._visits.receive(chain.piece, arrived)
@@ -376,10 +386,12 @@ class _Results:
             else:
                 self._held[index] = arrived
 
+    def expect(self, due: int, hops: Sequence[Hop]) -> None:
+        """What peers will send at the end of this ring step."""
+        self._way.expect(due, [(x, self._empty(x)) for x in hops if x.dst == self._rank])
+
     def start(self, due: int, hops: Sequence[Hop]) -> None:
-        sends = [(hop, self._held.pop(hop.chain)) for hop in hops if hop.src == self._rank]
-        recvs = [(hop, self._empty(hop)) for hop in hops if hop.dst == self._rank]
-        self._way.begin(due, sends, recvs)
+        self._way.begin(due, [(x, self._held.pop(x.chain)) for x in hops if x.src == self._rank])
 
     def _empty(self, hop: Hop) -> Tensors:
         assert self._visits.empty is not None

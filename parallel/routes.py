@@ -1,9 +1,10 @@
 """Which piece travels to whom, by which way, at which ring step: pure tables.
 
-One idea: a route is a set of chains. A chain takes one piece of a shard from rank to rank, and its
-users attend it as it passes; in passes whose results belong to the owner (gradients of K/V, or the
-outputs of queries that travel) they add them up along the chain and send the sum home. All ranks
-work out the same table from shapes, mask and wiring; nothing is negotiated.
+One idea: a route is a set of chains. A chain takes one piece of a shard from rank to rank; a star
+takes one straight from its owner to each. Its users attend the piece as it passes. In passes whose
+results belong to the owner (gradients of K/V, or outputs of queries that travel) they add them up
+along the chain and send the sum home. All ranks work out the same table from shapes, mask and
+wiring; nothing is negotiated.
 
     ring step t   beginning: what arrives at t is there; what departs at t leaves; then compute
     result at t   the end of ring step t, after its compute
@@ -22,7 +23,7 @@ from ringctx.parallel.layout import Piece
 from ringctx.parallel.need import Travels
 from ringctx.parallel.topology import Ints
 
-__all__ = ["Chain", "Hop", "Hops", "Returns", "RingStep", "Route"]
+__all__ = ["Chain", "Hop", "Hops", "Returns", "RingStep", "Route", "Star"]
 
 # No results leave; each user sends its own to the owner; one sum grows along the chain.
 Returns = Literal["none", "direct", "carried"]
@@ -46,13 +47,20 @@ class Chain:
     # Whether the sum passes through ranks that add nothing to it, as cables demand.
     relays: bool = False
 
+    def arrivals(self) -> Ints:
+        """The ring step at which each rank after the first has the piece."""
+        return self.arrives + np.arange(len(self.path) - 1)
+
+    def attended_at(self, step: int) -> bool:
+        """Whether the rank that has the piece at this ring step attends it."""
+        return self.attends[step - self.arrives]
+
     def guest_hops(self) -> "Hops":
         """The way of the piece."""
-        path = np.array(self.path)
-        arrives = self.arrives + np.arange(len(path) - 1)
+        arrives = self.arrivals()
         departs = arrives - 1
         departs[:1] = self.departs
-        return Hops.between(path, departs, arrives)
+        return Hops.between(np.array(self.path), departs, arrives)
 
     def result_hops(self, returns: Returns) -> "Hops":
         """The way of what the users computed."""
@@ -61,16 +69,54 @@ class Chain:
             return Hops.between(np.array([0]), np.array([]), np.array([]))
         path = np.array(self.path[1:])
         if returns == "direct":
-            owner = np.full(len(stops), self.piece.owner)
-            attended = self.arrives + stops
-            return Hops(np.zeros_like(stops), path[stops], owner, attended, attended + 1)
+            return _straight_home(path[stops], self.piece.owner, self.arrivals()[stops])
         if self.relays:
             stops = np.arange(stops[0], stops[-1] + 1)
-        attended = self.arrives + stops
+        attended = self.arrivals()[stops]
         at_home = attended[-1] + self.home_steps + np.arange(len(self.home))
         steps = np.concatenate([attended, at_home])
         tour = np.concatenate([path[stops], np.array(self.home, dtype=np.int64)])
         return Hops.between(tour, steps[:-1], steps[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Star:
+    """One piece straight from its owner, the first of `path`, to each other; results likewise."""
+
+    piece: Piece
+    path: tuple[int, ...]
+    # For each rank after the first: the ring step at which it has the piece.
+    arrives: tuple[int, ...]
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Nobody passes anything on."""
+        return (True,) * len(self.arrives)
+
+    def arrivals(self) -> Ints:
+        """The ring step at which each rank after the first has the piece."""
+        return np.array(self.arrives, dtype=np.int64)
+
+    def attended_at(self, step: int) -> bool:
+        """Whoever has the piece attends it."""
+        del step
+        return True
+
+    def guest_hops(self) -> "Hops":
+        """The ways of the piece."""
+        arrives, users = self.arrivals(), np.array(self.path[1:])
+        owner = np.full(len(users), self.piece.owner)
+        return Hops(np.zeros_like(users), owner, users, arrives - 1, arrives)
+
+    def result_hops(self, returns: Returns) -> "Hops":
+        """The ways of what the users computed."""
+        if returns == "none":
+            return Hops.between(np.array([0]), np.array([]), np.array([]))
+        return _straight_home(np.array(self.path[1:]), self.piece.owner, self.arrivals())
+
+
+def _straight_home(users: Ints, owner: int, attended: Ints) -> "Hops":
+    return Hops(np.zeros_like(users), users, np.full(len(users), owner), attended, attended + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +184,7 @@ class Route:
     schedule: str
     travels: Travels
     returns: Returns
-    chains: tuple[Chain, ...]
+    chains: tuple[Chain | Star, ...]
 
     @cached_property
     def guests(self) -> Hops:
@@ -162,7 +208,7 @@ class Route:
         attends: dict[int, list[int]] = {}
         for hop in guests:
             chain = self.chains[hop.chain]
-            if hop.dst == rank and chain.attends[hop.arrives - chain.arrives]:
+            if hop.dst == rank and chain.attended_at(hop.arrives):
                 attends.setdefault(hop.arrives, []).append(hop.chain)
         leaving, returning = _by_step(guests), _by_step(results)
         return tuple(

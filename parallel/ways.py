@@ -12,16 +12,17 @@ are tried, and the one that loads the busiest link least is kept (then: fewest b
     all_gather   straight from the owner to each user, in groups of ranks
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from ringctx.parallel.layout import Piece, Sharding
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.need import Needed, Travels, needed_pieces
-from ringctx.parallel.routes import Chain, Returns, Route
+from ringctx.parallel.routes import Chain, Returns, Route, Star
 from ringctx.parallel.topology import Wiring
 
 __all__ = ["build_route", "travels_in"]
@@ -31,8 +32,9 @@ __all__ = ["build_route", "travels_in"]
 _PEERS_AT_ONCE = 8
 _PARTS = 2
 _SHORTEST_PART = 128
-# The exhaustive rule looks at every split of every piece; beyond this many ranks the others do.
-_MOST_RANKS_FOR_GREEDY = 16
+# Up to this many ranks the rules are tried that look at every user; more gain too little by them.
+_FEW_RANKS = 16
+_SWEEPS = 3
 
 
 def travels_in(schedule: str) -> Travels:
@@ -68,6 +70,15 @@ class _Ring:
     def hops_to_nearest_side(self, piece: Piece, users: frozenset[int]) -> int:
         """Hops to the farthest of the users, in the direction in which that is nearer."""
         return min(self.reach(piece.owner, users, step) for step in (1, -1))
+
+    def load(self, legs: Sequence[_Leg]) -> npt.NDArray[np.float64]:
+        """Rows that each wire carries: `[0, i]` up from rank i, `[1, i]` down from it."""
+        load = np.zeros((2, self.size))
+        for leg in legs:
+            hops = np.arange(self.reach(leg.piece.owner, leg.users, leg.step))
+            passed = (leg.piece.owner + leg.step * hops) % self.size
+            load[0 if leg.step == 1 else 1, passed] += leg.piece.length
+        return load
 
     def chain(self, leg: _Leg) -> Chain:
         owner = leg.piece.owner
@@ -108,7 +119,7 @@ def build_route(
     cables = wiring.topology.kind == "cables"
     ring = _Ring(sharding.world_size, wiring.closed, relays=cables)
 
-    def route(chains: Iterator[Chain] | Sequence[Chain]) -> Route:
+    def route(chains: Iterable[Chain | Star]) -> Route:
         return Route(schedule, travels, returns, tuple(chains))
 
     if schedule == "all_gather":
@@ -123,15 +134,16 @@ def build_route(
         ways = [_one_way(needed, ring, step=step) for step in (1, -1)]
     else:
         ways = [rule(needed, ring, sharding) for rule in _rules(needed, ring)]
-        if ring.relays and ring.closed and returns_weight:
-            ways += [[replace(leg, goes_on=not leg.goes_on) for leg in legs] for legs in ways]
     routes = [route([ring.chain(leg) for leg in legs]) for legs in ways]
     return min(routes, key=lambda route: _load(route, wiring, returns_weight))
 
 
 def _load(route: Route, wiring: Wiring, returns_weight: float) -> tuple[float, float, float, int]:
-    """Time if every ring step lasts as long as its busiest link; time of the link that is busiest
-    over all; total bytes; ring steps. In units of one row."""
+    """What makes one table better than another, in units of one row: the less, the better.
+
+    First the time if each ring step lasts as long as its busiest link, then that of the link that
+    is busiest over all, then total bytes, then ring steps.
+    """
     rows = np.array([chain.piece.length for chain in route.chains], dtype=float)
     guests, results = route.guests, route.results
     src, dst = (
@@ -176,9 +188,9 @@ def _rules(needed: Sequence[Needed], ring: _Ring) -> list[_Rule]:
         return [_along_the_path]
     if all(ring.hops_to_nearest_side(piece, users) <= 1 for piece, users in _each(needed)):
         return [_shorter]
-    rules: list[_Rule] = [_front_up_back_down, _half_each_way, _nearest, _shorter]
-    if ring.size <= _MOST_RANKS_FOR_GREEDY:
-        rules.append(_greedy)
+    rules: list[_Rule] = [_front_up_back_down, _half_each_way, _shorter]
+    if ring.size <= _FEW_RANKS:
+        rules += [_nearest, _balanced]
     return rules
 
 
@@ -244,31 +256,38 @@ def _shorter(needed: Sequence[Needed], ring: _Ring, _: Sharding) -> list[_Leg]:
     return legs
 
 
-def _greedy(needed: Sequence[Needed], ring: _Ring, _: Sharding) -> list[_Leg]:
-    """Piece by piece, largest first, the split that adds least to the busiest link."""
-    size, legs = ring.size, []
-    # load[0][i]: bytes up from rank i; load[1][i]: bytes down from it
-    load = np.zeros((2, size))
+def _balanced(needed: Sequence[Needed], ring: _Ring, _: Sharding) -> list[_Leg]:
+    """Part by part, the way that evens out the links best; then once more for each."""
     parts = [(part, users) for piece, users in _each(needed) for part in _halves(piece)]
-    for part, users in sorted(parts, key=lambda item: -item[0].length * len(item[1])):
-        away = sorted((user - part.owner) % size for user in users)
-        best: tuple[tuple[float, float], np.ndarray, int] | None = None
-        for split in range(len(away) + 1):
-            up = away[split - 1] if split else 0
-            down = size - away[split] if split < len(away) else 0
-            trial = load.copy()
-            trial[0, [(part.owner + hop) % size for hop in range(up)]] += part.length
-            trial[1, [(part.owner - hop) % size for hop in range(down)]] += part.length
-            cost = (trial.max(), trial.sum())
-            if best is None or cost < best[0]:
-                best = (cost, trial, split)
-        assert best is not None
-        load, split = best[1], best[2]
-        for some, step in ((away[:split], 1), (away[split:], -1)):
-            takes = frozenset((part.owner + hop) % size for hop in some)
-            if takes:
-                legs.append(_Leg(part, takes, step, goes_on=False))
-    return legs
+    parts.sort(key=lambda item: -item[0].length * len(item[1]))
+    options = [[(legs, ring.load(legs)) for legs in _splits(*item, ring)] for item in parts]
+    chosen = [0] * len(parts)
+    load = np.zeros((2, ring.size))
+    for sweep in range(_SWEEPS):
+        for i, ways in enumerate(options):
+            if sweep:
+                load -= ways[chosen[i]][1]
+            # A high norm: what the busiest link carries, with a word for all others.
+            rates = [float(np.sum((load + adds) ** 8)) for _, adds in ways]
+            chosen[i] = rates.index(min(rates))
+            load = load + ways[chosen[i]][1]
+    return [leg for i, ways in enumerate(options) for leg in ways[chosen[i]][0]]
+
+
+def _splits(part: Piece, users: frozenset[int], ring: _Ring) -> list[list[_Leg]]:
+    """Every way to serve some users by going up and the others by going down."""
+    away = sorted((user - part.owner) % ring.size for user in users)
+    options = []
+    for split in range(len(away) + 1):
+        sides = [(away[:split], 1), (away[split:], -1)]
+        options.append(
+            [
+                _Leg(part, frozenset((part.owner + hop) % ring.size for hop in some), step, False)
+                for some, step in sides
+                if some
+            ]
+        )
+    return options
 
 
 def _cut(piece: Piece, row: int) -> list[Piece]:
@@ -282,17 +301,16 @@ def _halves(piece: Piece) -> list[Piece]:
     return _cut(piece, (piece.start + piece.stop) // 2)
 
 
-def _all_gather(needed: Sequence[Needed], ring: _Ring) -> list[Chain]:
+def _all_gather(needed: Sequence[Needed], ring: _Ring) -> list[Star]:
     chains = []
     for piece, users in _each(needed):
         middle = (piece.start + piece.stop) // 2
         parts = _cut(piece, middle) if piece.length >= _PARTS * _SHORTEST_PART else [piece]
-        for user in sorted(users, key=lambda user: (user - piece.owner) % ring.size):
-            group = ((user - piece.owner) % ring.size - 1) // _PEERS_AT_ONCE
-            for i, part in enumerate(parts):
-                step = group * _PARTS + i
-                path, home = (part.owner, user), (part.owner,)
-                chains.append(Chain(part, path, (True,), home, departs=step, arrives=step + 1))
+        away = sorted((user - piece.owner) % ring.size for user in users)
+        path = (piece.owner, *((piece.owner + hops) % ring.size for hops in away))
+        for i, part in enumerate(parts):
+            arrives = tuple((hops - 1) // _PEERS_AT_ONCE * len(parts) + i + 1 for hops in away)
+            chains.append(Star(part, path, arrives))
     return chains
 
 

@@ -146,7 +146,7 @@ def test_predicts_the_bytes_between_every_two_ranks(
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bytes_on_links_and_of_ranks_are_those_between_ranks(schedule: str, topology: str) -> None:
-    case = {
+    case: dict[str, Any] = {
         "backward": True,
         "shape": MHA,
         "sharding": Sharding(8 * 64, 8, "zigzag"),
@@ -244,6 +244,54 @@ def test_a_window_in_contiguous_shards_costs_the_same_on_any_number_of_ranks(
     assert found == {512 * max(row, home)}
 
 
+# What cannot be run here is asserted: 256 and 1024 ranks
+
+
+@pytest.mark.parametrize(
+    "ranks", [256, pytest.param(1024, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+)
+def test_table_of_many_ranks(ranks: int) -> None:
+    local_len, hops = 1024, ranks - 1
+    cables = TopologyConfig(kind="cables")
+
+    def price(schedule: str, topology: TopologyConfig | None = None) -> PassCost:
+        return cost(schedule, ranks=ranks, local_len=local_len, topology=topology)
+
+    shard, sums = 2 * 8 * 128 * 2 * local_len, 8 * (128 * 4 + 4) * local_len
+    # Front blocks go to everybody, back blocks to the ranks below.
+    needed = ranks * hops * shard * 3 // 4
+
+    one_way = price("one_way")
+    assert one_way.busiest_bytes == hops * shard
+    assert (one_way.ring_steps, one_way.peers) == (ranks, 2)
+    assert one_way.memory_bytes == 2 * shard + sums
+
+    two_way = price("two_way", cables)
+    assert two_way.total_bytes == needed
+    assert two_way.busiest_bytes == hops * shard // 2
+    assert (two_way.ring_steps, two_way.peers) == (ranks, 2)
+    assert two_way.memory_bytes == 2 * shard + sums
+
+    all_gather = price("all_gather")
+    assert all_gather.total_bytes == needed
+    assert all_gather.busiest_bytes == hops * shard
+    # Eight peers at once, in two parts.
+    assert (all_gather.ring_steps, all_gather.peers) == (2 * -(-hops // 8) + 1, hops)
+    assert all_gather.memory_bytes <= 9 * shard + sums
+
+    token_ring = price("token_ring")
+    # Q and out instead of K and V, and the lse.
+    assert token_ring.total_bytes == needed * (2 * 128 * 2 + 4) // (2 * 128 * 2)
+    assert (token_ring.ring_steps, token_ring.peers) == (ranks + 1, hops)
+    assert token_ring.memory_bytes <= 3 * shard + sums
+
+
+def test_a_choice_for_64_ranks_takes_seconds_at_most() -> None:
+    start_s = time.process_time()
+    choice(MHA, 64, 1000, Mask(), "switch")
+    assert time.process_time() - start_s < 8
+
+
 # Time
 
 
@@ -290,7 +338,7 @@ def test_a_double_ring_crosses_the_slow_network_while_the_node_goes_round() -> N
 @pytest.mark.parametrize("field", ["heads", "kv_heads", "head_dim", "batch"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_more_bytes_never_cost_less(schedule: str, field: str) -> None:
-    sizes = {"heads": 8, "kv_heads": 4, "head_dim": 64, "batch": 1}
+    sizes: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 64, "batch": 1}
     shapes = [Shape(**(sizes | {field: sizes[field] * factor})) for factor in (1, 2)]
     for backward in (False, True):
         small, large = (cost(schedule, backward=backward, shape=shape) for shape in shapes)
@@ -371,9 +419,7 @@ def test_a_window_says_how_little_leaves_its_rank() -> None:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("shape", [MHA, GQA], ids=["mha", "gqa"])
-def test_the_choice_is_at_most_a_tenth_slower_than_the_fastest_within_memory(
-    topology: str, shape: Shape
-) -> None:
+def test_the_choice_is_no_slower_than_either_ring(topology: str, shape: Shape) -> None:
     for mask, local_len in itertools.product((Mask(), Mask(causal=False)), (64, 1024, 16384)):
         picked = choice(shape, 8, local_len, mask, topology)
         for name, costs in (
@@ -418,7 +464,7 @@ def test_a_known_choice_takes_microseconds() -> None:
 
 
 def test_prices_are_of_the_route_that_runs() -> None:
-    case = {
+    case: dict[str, Any] = {
         "backward": False,
         "shape": MHA,
         "sharding": Sharding(8 * 64, 8, "zigzag"),

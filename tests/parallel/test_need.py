@@ -21,9 +21,9 @@ def needs(sharding: Sharding, mask: Mask, travels: Travels) -> np.ndarray:
 
 def needs_by_brute_force(sharding: Sharding, mask: Mask, travels: Travels) -> np.ndarray:
     visible = seen(sharding, mask)
-    # [user, owner, row]: keys that some query sees; queries that see some key
-    table = visible.any(axis=1) if travels == "kv" else visible.any(axis=3).transpose(2, 0, 1)
-    table = table.astype(int)
+    # [user, owner, row] of keys; [owner, row, user] of queries
+    keys, queries = visible.any(axis=1), np.einsum("ork->kor", visible.any(axis=3))
+    table = (keys if travels == "kv" else queries).astype(int)
     for rank in range(sharding.world_size):
         table[rank, rank] = 0
     return table
