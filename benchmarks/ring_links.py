@@ -22,8 +22,14 @@ from typing import Any, get_args
 
 from netlab import add_lab_arguments, lab_topology, open_lab
 from netlab_wires import LabError
+from ring_links_rank import DTYPES
 
-from ringctx.config import Layout, Schedule
+from ringctx.config import Layout, Schedule, TopologyConfig
+from ringctx.parallel.cost import choose
+from ringctx.parallel.layout import Sharding
+from ringctx.parallel.mask import Mask
+from ringctx.parallel.topology import wire_up
+from ringctx.parallel.traffic import Shape
 
 __all__ = ["summary"]
 
@@ -35,7 +41,10 @@ _OURS = (*get_args(Schedule), "one_way_everywhere", "ulysses")
 def main() -> int:
     """Print the comparison, as JSON."""
     args = _arguments()
-    topology = lab_topology(args, latency_us=200.0, flops=args.gflops * 1e9)
+    claims = {"latency_us": 200.0, "flops": args.gflops * 1e9}
+    # Inside a host nothing is shaped.
+    claims |= {"node_gbit": 20.0} if args.kind == "two_level" else {}
+    topology = lab_topology(args, **claims)
     settings = vars(args) | {"topology": asdict(topology)}
     try:
         with open_lab(topology, num_hosts=args.hosts) as lab:
@@ -60,8 +69,45 @@ def main() -> int:
         **{name: settings[name] for name in _REPORTED},
         "emulated_gflops": args.gflops if args.compute == "emulated" else None,
     }
-    print(json.dumps({"config": config, "variants": summary(ranks)}, indent=2))
+    variants = summary(ranks)
+    for name, predicted in _predicted(settings, topology, num_ranks=len(ranks)).items():
+        variants[name] |= predicted
+    print(json.dumps({"config": config, "variants": variants}, indent=2))
     return 0
+
+
+def _predicted(
+    settings: dict[str, Any], topology: TopologyConfig, *, num_ranks: int
+) -> dict[str, dict[str, Any]]:
+    """What the cost function says of each schedule of ours, and what auto chooses."""
+    sharding = Sharding(settings["seq_len"], num_ranks, settings["layout"])
+    mask = Mask.checked(
+        causal=settings["causal"],
+        window=settings["window"],
+        sinks=0,
+        cu_seqlens=None,
+        seq_len=sharding.seq_len,
+    )
+    heads = {name: settings[name] for name in ("heads", "kv_heads", "head_dim")}
+    shape = Shape(**heads, dtype=DTYPES[settings["dtype"]])
+    wiring = wire_up(topology, ranks=tuple(range(num_ranks)), world_size=num_ranks)
+    choice = choose(shape=shape, sharding=sharding, mask=mask, wiring=wiring)
+    forward = {cost.schedule: cost.time_s for cost in choice.forward_costs}
+    backward = {cost.schedule: cost.time_s for cost in choice.backward_costs}
+    chosen = {name: (name, name) for name in forward} | {"auto": (choice.forward, choice.backward)}
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "predicted_forward_s": round(forward[first], 4),
+            "predicted_total_s": round(
+                forward[first] + (backward[second] if settings["passes"] == "both" else 0.0), 4
+            ),
+        }
+        for name, (first, second) in chosen.items()
+        if name in settings["schedules"]
+    }
+    if "auto" in rows:
+        rows["auto"] |= {"chose": [choice.forward, choice.backward], "why": choice.why}
+    return rows
 
 
 _REPORTED = (

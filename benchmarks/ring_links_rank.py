@@ -24,7 +24,9 @@ from ringctx.parallel.ring_pass import Place
 from ringctx.parallel.routes import Route
 from ringctx.parallel.traffic import Shape
 
-__all__ = ["measure"]
+__all__ = ["DTYPES", "measure"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Settings = dict[str, Any]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -135,7 +137,7 @@ def _inputs(settings: Settings) -> list[Tensor]:
     """q, k, v, grad_out of the whole sequence, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     heads, kv_heads = settings["heads"], settings["kv_heads"]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
+    dtype = DTYPES[settings["dtype"]]
     shapes = [
         (1, settings["seq_len"], n, settings["head_dim"])
         for n in (heads, kv_heads, kv_heads, heads)

@@ -28,7 +28,7 @@ def render_route(route: Route, *, world_size: int) -> str:
     cells: dict[tuple[int, int], list[str]] = defaultdict(list)
     for rank in range(world_size):
         cells[0, rank].append("own")
-        for todo in route.program(rank):
+        for todo in route.program(rank).steps:
             for due, hops in todo.guests:
                 for hop in hops:
                     if hop.dst == rank:

@@ -23,7 +23,7 @@ from ringctx.parallel.layout import Piece
 from ringctx.parallel.need import Travels
 from ringctx.parallel.topology import Ints
 
-__all__ = ["Chain", "Hop", "Hops", "Returns", "RingStep", "Route", "Star"]
+__all__ = ["Chain", "Hop", "Hops", "Program", "Returns", "RingStep", "Route", "Star"]
 
 # No results leave; each user sends its own to the owner; one sum grows along the chain.
 Returns = Literal["none", "direct", "carried"]
@@ -177,6 +177,15 @@ class RingStep:
     results: tuple[tuple[int, tuple[Hop, ...]], ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """One rank's part in a route."""
+
+    steps: tuple[RingStep, ...]
+    # The ring step after which a piece that passes here may be dropped.
+    last_use: dict[Piece, int]
+
+
 @dataclass(frozen=True, eq=False)
 class Route:
     """The chains of one pass."""
@@ -202,19 +211,32 @@ class Route:
         ends = [int(hops.arrives.max()) for hops in (self.guests, self.results) if len(hops)]
         return max(ends, default=0) + 1
 
-    def program(self, rank: int) -> tuple[RingStep, ...]:
-        """What `rank` does at each ring step."""
+    @cached_property
+    def _programs(self) -> "dict[int, Program]":
+        return {}
+
+    def program(self, rank: int) -> "Program":
+        """What `rank` does; worked out once."""
+        if rank not in self._programs:
+            self._programs[rank] = self._program(rank)
+        return self._programs[rank]
+
+    def _program(self, rank: int) -> "Program":
         guests, results = self.guests.touching(rank), self.results.touching(rank)
         attends: dict[int, list[int]] = {}
+        last_use: dict[Piece, int] = {}
         for hop in guests:
             chain = self.chains[hop.chain]
             if hop.dst == rank and chain.attended_at(hop.arrives):
                 attends.setdefault(hop.arrives, []).append(hop.chain)
+            step = hop.arrives if hop.dst == rank else hop.departs
+            last_use[chain.piece] = max(step, last_use.get(chain.piece, 0))
         leaving, returning = _by_step(guests), _by_step(results)
-        return tuple(
+        steps = (
             RingStep(leaving.get(step, ()), tuple(attends.get(step, ())), returning.get(step, ()))
             for step in range(self.num_steps)
         )
+        return Program(tuple(steps), last_use)
 
 
 def _by_step(hops: Sequence[Hop]) -> dict[int, tuple[tuple[int, tuple[Hop, ...]], ...]]:

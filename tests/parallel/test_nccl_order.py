@@ -131,7 +131,7 @@ def test_what_is_started_pairs_up_in_order(case: Case) -> None:
 
 def _batches(route: Route, rank: int) -> list[list[Operation]]:
     batches = []
-    for step in route.program(rank):
+    for step in route.program(rank).steps:
         for lane, groups in enumerate((step.guests, step.results)):
             for _, hops in groups:
                 batch = [

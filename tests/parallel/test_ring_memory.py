@@ -89,7 +89,7 @@ def test_peak_is_little_above_what_the_pass_must_hold(schedule: str, dtype: torc
     buffers = BUFFERS[schedule]
     # out and its accumulator, what arrives, and what a kernel returns for one piece.
     held = shard_bytes + wide_bytes + buffers * 2 * shard_bytes + wide_bytes
-    # Three gradients in both dtypes, what arrives, sums on their way (out and in), a kernel's three.
+    # Three gradients in both dtypes, what arrives, sums on their way out and in, a kernel's three.
     held_backward = 3 * (shard_bytes + wide_bytes) + buffers * 2 * shard_bytes
     held_backward += buffers * 2 * wide_bytes + 3 * shard_bytes
     for forward, backward in _peaks(case):

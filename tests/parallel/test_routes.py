@@ -134,7 +134,7 @@ def test_programs_of_all_ranks_are_the_table(case: Case) -> None:
         sends: Counter[tuple[int, ...]] = Counter()
         recvs: Counter[tuple[int, ...]] = Counter()
         for rank in range(sharding.world_size):
-            program = route.program(rank)
+            program = route.program(rank).steps
             assert len(program) == route.num_steps
             for step, todo in enumerate(program):
                 for due, hops in getattr(todo, name):
@@ -153,7 +153,7 @@ def test_each_attended_piece_is_in_the_program_once(case: Case) -> None:
     attends = [
         (rank, chain)
         for rank in range(sharding.world_size)
-        for todo in route.program(rank)
+        for todo in route.program(rank).steps
         for chain in todo.attends
     ]
     assert len(attends) == len(set(attends)) == sum(sum(c.attends) for c in route.chains)
