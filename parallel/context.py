@@ -18,13 +18,13 @@ head dim.
 
 import zlib
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import TypedDict, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ringctx.config import TopologyConfig
+from ringctx.config import Schedule, TopologyConfig
 from ringctx.errors import LayoutError
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.parallel import comm
@@ -32,7 +32,7 @@ from ringctx.parallel.gradients import sum_gradients
 from ringctx.parallel.layout import check_layout, positions, shard, unshard
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.padding import pad_cu_seqlens, pad_to_layout, padded_len, unpad
-from ringctx.parallel.ring_attention import ring_attention
+from ringctx.parallel.ring_attention import ring_attention, wiring_of
 
 __all__ = ["ContextParallel", "SharedSequence", "next_tokens", "scale_loss"]
 
@@ -54,7 +54,8 @@ class ContextParallel:
         topology: how the ranks are wired; None is one switch.
 
     Raises:
-        LayoutError: if there is no such layout, or this rank is not in the group.
+        LayoutError: if there is no such layout or schedule, the topology does not fit the group, or
+            this rank is not in it.
     """
 
     # Not a dataclass: some wrappers of modules rebuild every dataclass among the arguments.
@@ -69,6 +70,10 @@ class ContextParallel:
         check_layout(layout)
         self.group = group
         self.rank, self.world_size = comm.group_rank(group), comm.group_size(group)
+        if schedule not in get_args(Schedule):
+            known = ", ".join(get_args(Schedule))
+            raise LayoutError(f"schedule={schedule!r} is not known; choose one of {known}")
+        wiring_of(group, topology)
         self.layout, self.schedule, self.topology = layout, schedule, topology
 
     @property
@@ -81,11 +86,11 @@ class ContextParallel:
 
         Args:
             seq_len: tokens of a whole row; any length, padded where the layout needs it.
-            cu_seqlens: `[num_docs + 1]`, integers from 0 to seq_len: where documents begin and
-                end, in every row of the batch; None: a row is one document.
+            cu_seqlens: `[num_docs + 1]`, integers of any width from 0 to seq_len: where documents
+                begin and end, in every row of the batch; None: a row is one document.
 
         Raises:
-            LayoutError: if `cu_seqlens` does not rise from 0 to seq_len.
+            LayoutError: if `cu_seqlens` is no integer tensor that rises from 0 to seq_len.
         """
         return SharedSequence(self, seq_len=seq_len, cu_seqlens=cu_seqlens)
 
@@ -93,27 +98,29 @@ class ContextParallel:
         """Raise on all ranks unless all pass the same whole tensors, as by a seed of their own.
 
         Args:
-            whole: integer tensors by name; what is None counts as not given. One small collective
-                a call, on the device of the first.
+            whole: tensors by name, compared bit by bit; what is None counts as not given. One small
+                collective a call, which every rank enters whatever it was given.
 
         Raises:
-            LayoutError: if names, shapes or contents differ.
+            LayoutError: if names, dtypes, shapes or contents differ.
         """
         given = {name: x for name, x in sorted(whole.items()) if x is not None}
         if self.world_size == 1:
             return
-        shapes = str([(name, tuple(x.shape)) for name, x in given.items()])
-        sums = [torch.tensor(zlib.crc32(shapes.encode()))]
+        kinds = str([(name, x.dtype, tuple(x.shape)) for name, x in given.items()])
+        sums = [torch.tensor(zlib.crc32(kinds.encode()))]
         sums += [_checksum(x).cpu() for x in given.values()]
-        # Ranks may disagree on how many tensors there are, so what travels has one length.
-        own = _checksum(torch.stack(sums))
-        bounds = torch.stack((own, -own)).to(next(iter(given.values())).device)
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._process_group())
+        # Ranks may disagree on how many tensors there are, and where, so what travels has one
+        # length and goes one way.
+        own, group = _checksum(torch.stack(sums)), self._process_group()
+        bounds = torch.stack((own, -own)).to(_message_device(group))
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
         highest, lowest = bounds.tolist()
         if highest != -lowest:
             raise LayoutError(
-                f"the ranks of a group share sequences, but this batch ({', '.join(given)}) "
-                "differs between them; seed and order the data alike on all ranks of the group"
+                "the ranks of a group share sequences, but this batch "
+                f"({', '.join(given) or 'nothing'}) differs between them; "
+                "seed and order the data alike on all ranks of the group"
             )
 
     def sum(self, x: Tensor) -> Tensor:
@@ -126,14 +133,14 @@ class ContextParallel:
     def reduce_gradients(self, parameters: nn.Module | Iterable[nn.Parameter]) -> None:
         """Sum `.grad` over the ranks in place, after backward; every rank must call it.
 
-        A parameter that got no gradient on any rank keeps none. Not for models under DDP or FSDP:
-        those average gradients over their ranks; there, pass `averaged_over` to `scale_loss`.
+        A parameter that got no gradient on any rank keeps none. Not for models under FSDP, nor
+        under DDP over these ranks: those average gradients; pass `averaged_over` to `scale_loss`.
 
         Args:
             parameters: a module or its parameters, the same on every rank.
 
         Raises:
-            LayoutError: if a gradient is already sharded over ranks.
+            LayoutError: if an engine has sharded or averaged the gradients over these ranks.
         """
         if self.world_size > 1:
             sum_gradients(parameters, group=self._process_group())
@@ -165,7 +172,7 @@ class SharedSequence:
         self.local_len = self.padded_len // context.world_size
         self.positions = positions(self.padded_len, rank=context.rank, **context.spread)
         if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.to("cpu", torch.int32)
+            cu_seqlens = _as_borders(cu_seqlens)
             Mask.checked(causal=True, window=None, sinks=0, cu_seqlens=cu_seqlens, seq_len=seq_len)
             cu_seqlens = pad_cu_seqlens(cu_seqlens, seq_len=seq_len, **context.spread)
         self.cu_seqlens = cu_seqlens
@@ -320,10 +327,38 @@ def scale_loss(loss_sum: Tensor, *, num_targets: int | Tensor, averaged_over: in
     return loss_sum * averaged_over / num_targets
 
 
+def _as_borders(cu_seqlens: Tensor) -> Tensor:
+    """Where documents begin and end, as attention wants it; no value changes on the way."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise LayoutError(
+            f"cu_seqlens is a {type(cu_seqlens).__name__}; pass an integer tensor: "
+            "torch.tensor([0, ..., seq_len])"
+        )
+    kind = cu_seqlens.dtype
+    if kind == torch.bool or kind.is_floating_point or kind.is_complex:
+        raise LayoutError(f"cu_seqlens is {kind}; it must hold integers")
+    borders = cu_seqlens.to("cpu", torch.int32)
+    if not torch.equal(borders.long(), cu_seqlens.to("cpu", torch.int64)):
+        most = torch.iinfo(torch.int32).max
+        raise LayoutError(f"cu_seqlens holds values beyond int32, which ends at {most:,}")
+    return borders
+
+
+def _message_device(group: dist.ProcessGroup) -> torch.device:
+    """Where a message of a few bytes has to be, for this group to carry it."""
+    if "cpu:" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _checksum(x: Tensor) -> Tensor:
-    """An int64 that depends on every entry and its place; arithmetic wraps around."""
+    """An int64 that depends on every bit and its place; arithmetic wraps around."""
+    x = x.detach().flatten()
+    if x.is_floating_point():
+        same_size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        x = x.contiguous().view(same_size[x.element_size()])
     place = torch.arange(1, x.numel() + 1, device=x.device)
-    mixed = (x.flatten().long() + place) * (2 * place + 1) * 0x9E3779B97F4A7C1
+    mixed = (x.long() + place) * (2 * place + 1) * 0x9E3779B97F4A7C1
     # Halved, so that it can be negated.
     return mixed.bitwise_xor(mixed >> 29).sum() >> 1
 

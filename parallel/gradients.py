@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ringctx.errors import LayoutError
 
@@ -31,16 +33,15 @@ def sum_gradients(
         group: the ranks whose gradients add up.
 
     Raises:
-        LayoutError: if the parameters are sharded over ranks.
+        LayoutError: if the parameters are sharded over ranks, or DDP averages them over the group.
     """
     if isinstance(parameters, nn.Module):
+        _check_wrappers(parameters, group)
         parameters = parameters.parameters()
     trained = [p for p in parameters if p.requires_grad]
-    if any(isinstance(p, DTensor) for p in trained):
-        raise LayoutError(
-            "the parameters are sharded (FSDP), and their gradients already averaged over ranks; "
-            "leave out reduce_gradients and pass averaged_over to scale_loss instead"
-        )
+    for kind, name in ((DTensor, "fully_shard"), (FlatParameter, "FullyShardedDataParallel")):
+        if any(isinstance(p, kind) for p in trained):
+            raise _sharded_by(name)
     if not trained:
         return
     # Which parameters are used may differ between ranks: an expert that no local token chose.
@@ -48,6 +49,32 @@ def sum_gradients(
     dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
     for bucket in _buckets(p for p, flag in zip(trained, used.tolist(), strict=True) if flag):
         _sum_bucket(bucket, group)
+
+
+def _check_wrappers(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Refuse gradients that an engine has reduced over these ranks before."""
+    ranks = set(dist.get_process_group_ranks(group))
+    for module in model.modules():
+        # With use_orig_params its parameters look like any others, and are pieces.
+        if isinstance(module, FullyShardedDataParallel):
+            raise _sharded_by("FullyShardedDataParallel")
+        if not isinstance(module, DistributedDataParallel):
+            continue
+        # Over data-parallel groups, one in each place of the ring, it shares this rank alone.
+        if len(ranks & set(dist.get_process_group_ranks(module.process_group))) > 1:
+            raise LayoutError(
+                "DistributedDataParallel has averaged the gradients over ranks that share a "
+                "sequence; leave out reduce_gradients and pass averaged_over, the size of its "
+                "group, to scale_loss or shard_batch, or give it a process_group of ranks that "
+                "share none"
+            )
+
+
+def _sharded_by(engine: str) -> LayoutError:
+    return LayoutError(
+        f"the parameters are sharded by {engine}, which has averaged their gradients over ranks; "
+        "leave out reduce_gradients and pass averaged_over to scale_loss or shard_batch instead"
+    )
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

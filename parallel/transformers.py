@@ -33,10 +33,12 @@ from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.parallel.context import ContextParallel, SharedSequence, next_tokens
 from ringctx.parallel.transformers_checks import (
     ATTENTION,
+    check_batch,
     check_call,
     check_config,
     check_loss,
     check_model,
+    check_positions,
     refusal,
 )
 
@@ -53,23 +55,6 @@ _MASK_PARTS = {
     "packed_sequence_mask_function",
     "remap_positions_for_packed_sequence",
 }
-
-_BATCH = {
-    "input_ids",
-    "inputs_embeds",
-    "position_ids",
-    "attention_mask",
-    "labels",
-    "shift_labels",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-}
-
-
-# The likeliest mistake: a data loader that gives every rank rows of its own.
-_COMPARED = ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask")
 
 
 class MaskNote:
@@ -123,11 +108,14 @@ def shard_batch(
 
     Raises:
         ConfigError: if model or batch need something that cannot be exact.
-        LayoutError: if the documents do not fit the batch.
+        LayoutError: if the documents do not fit the batch, or ranks do not pass the same.
     """
     check_model(model)
-    context.check_same(**{name: batch.get(name) for name in _COMPARED})
-    _check_keys(batch)
+    # First of all that looks at the batch, so that no rank is left waiting in it.
+    _check_same(batch, context, num_targets=num_targets, averaged_over=averaged_over)
+    check_batch(batch)
+    if batch.get("position_ids") is None:
+        check_positions(model)
     inputs = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
     whole = batch[inputs]
     num_rows, seq_len = whole.shape[:2]
@@ -223,14 +211,19 @@ def _check_mask(attention_mask: object, *, window: int | None) -> None:
         )
 
 
-def _check_keys(batch: Mapping[str, Any]) -> None:
-    given = {name for name, entry in batch.items() if entry is not None}
-    if unknown := given - _BATCH:
-        raise refusal(
-            f"{', '.join(sorted(unknown))} in the batch; shard_batch knows {', '.join(_BATCH)}"
-        )
-    if ("input_ids" in given) == ("inputs_embeds" in given):
-        raise ConfigError("the batch must have either input_ids or inputs_embeds")
+def _check_same(
+    batch: Mapping[str, Any],
+    context: ContextParallel,
+    *,
+    num_targets: int | Tensor | None,
+    averaged_over: int,
+) -> None:
+    """The likeliest mistake: a data loader that gives every rank rows of its own."""
+    compared = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+    compared["averaged_over"] = torch.as_tensor(averaged_over)
+    if num_targets is not None:
+        compared["num_targets"] = torch.as_tensor(num_targets)
+    context.check_same(**compared)
 
 
 def _position_ids(
@@ -240,8 +233,6 @@ def _position_ids(
     given: Tensor | None = batch.get("position_ids")
     if given is None:
         given = torch.arange(seq_len, device=device)[None]
-    if given.ndim != 2 or given.shape[1] != seq_len:
-        raise refusal(f"position_ids of shape {tuple(given.shape)}, not {(num_rows, seq_len)}")
     return given.expand(num_rows, -1)
 
 
@@ -250,8 +241,6 @@ def _check_padding(batch: Mapping[str, Any], places: Tensor) -> None:
     mask: Tensor | None = batch.get("attention_mask")
     if mask is None:
         return
-    if mask.shape != places.shape:
-        raise refusal(f"an attention_mask of shape {tuple(mask.shape)}; it must be [B, S]")
     kept = mask.bool()
     if (kept[:, 1:] & ~kept[:, :-1]).any():
         raise refusal(
@@ -291,7 +280,8 @@ def _documents(batch: Mapping[str, Any], places: Tensor) -> Tensor | None:
             f"position_ids begin documents at {borders[:-1]} and cu_seq_lens_q at "
             f"{of_queries[:-1]}; leave out one of the two"
         )
-    return torch.tensor(of_queries, dtype=torch.int32)
+    borders_given: Tensor = batch["cu_seq_lens_q"]
+    return borders_given
 
 
 def _targets(batch: Mapping[str, Any]) -> Tensor | None:

@@ -6,13 +6,24 @@ an argument or a kind of layer that nobody has thought of here is refused by nam
 """
 
 import importlib
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ringctx.errors import ConfigError
 
-__all__ = ["ATTENTION", "check_call", "check_config", "check_loss", "check_model", "refusal"]
+__all__ = [
+    "ATTENTION",
+    "check_batch",
+    "check_call",
+    "check_config",
+    "check_loss",
+    "check_model",
+    "check_positions",
+    "refusal",
+]
 
 ATTENTION = "ringctx"
 """Name of the attention implementation, and of the argument that carries the sequence."""
@@ -50,6 +61,23 @@ _REFUSED = {
     "indices": "sparse attention (indices)",
     "block_indices": "sparse attention (block_indices)",
 }
+
+# What shard_batch takes.
+_BATCH = {
+    "input_ids",
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "labels",
+    "shift_labels",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+}
+
+# Each with [B, S], of which position_ids may leave out the rows.
+_BY_TOKEN = ("input_ids", "position_ids", "attention_mask", "labels", "shift_labels")
 
 
 def check_model(model: nn.Module) -> None:
@@ -123,6 +151,11 @@ def check_config(config: Any) -> None:
         raise refusal(f"layers of type {', '.join(sorted(other))}")
     if getattr(config, "attention_chunk_size", None) is not None:
         raise refusal("chunked attention (attention_chunk_size)")
+    if getattr(config, "attn_temperature_tuning", False):
+        raise refusal(
+            "queries scaled by their position, which this model counts within the shard "
+            "(attn_temperature_tuning)"
+        )
     if getattr(config, "output_router_logits", False):
         raise refusal(_REFUSED["output_router_logits"])
     if not getattr(config, "is_causal", True) or getattr(
@@ -138,6 +171,18 @@ def check_config(config: Any) -> None:
             )
 
 
+def check_positions(model: nn.Module) -> None:
+    """Raise ConfigError if the model, left to itself, does not number its positions 0, 1, 2, ..."""
+    for module in model.modules():
+        # A method, or a function beside the class of the model or beside one that it derives from.
+        places = [type(module), *(sys.modules.get(c.__module__) for c in type(module).__mro__)]
+        if any(hasattr(place, "create_position_ids_from_input_ids") for place in places):
+            raise refusal(
+                f"{type(module).__name__} without position_ids in the batch: left to itself it "
+                "counts from padding_idx + 1 and leaves out padding; give those of the whole batch"
+            )
+
+
 def check_loss(model: nn.Module) -> None:
     """Raise ConfigError unless the model's own loss is the one that knows `shift_labels`."""
     known = importlib.import_module("transformers.loss.loss_utils").ForCausalLMLoss
@@ -149,6 +194,43 @@ def check_loss(model: nn.Module) -> None:
         )
 
 
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless a whole batch holds what `shard_batch` knows, in fitting shapes."""
+    given = {name for name, entry in batch.items() if entry is not None}
+    if unknown := given - _BATCH:
+        raise refusal(
+            f"{', '.join(sorted(unknown))} in the batch; shard_batch knows "
+            f"{', '.join(sorted(_BATCH))}"
+        )
+    if ("input_ids" in given) == ("inputs_embeds" in given):
+        raise ConfigError("the batch must have either input_ids or inputs_embeds")
+    _check_shapes(batch)
+
+
 def refusal(what: str) -> ConfigError:
     """The error for what cannot be exact."""
     return ConfigError(f"not supported with context parallelism: {what}")
+
+
+def _check_shapes(batch: Mapping[str, Any]) -> None:
+    """Each of `_BY_TOKEN` says something about every token; embeddings have one dimension more."""
+    given = {name: x for name, x in batch.items() if x is not None and not name.startswith("max_")}
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ConfigError(f"{name} is a {type(x).__name__}; shard_batch takes tensors")
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if embeds is not None and embeds.ndim != 3:
+        raise ConfigError(f"inputs_embeds has shape {list(embeds.shape)}; it must be [B, S, E]")
+    if ids is not None and ids.ndim != 2:
+        raise ConfigError(f"input_ids has shape {list(ids.shape)}; it must be [B, S]")
+    rows, seq_len = given["inputs_embeds" if ids is None else "input_ids"].shape[:2]
+    for name in _BY_TOKEN:
+        shape = list(given[name].shape) if name in given else [rows, seq_len]
+        one_row = name == "position_ids" and shape == [1, seq_len]
+        if shape != [rows, seq_len] and not one_row:
+            raise ConfigError(
+                f"{name} has shape {shape}; it must be [B, S], here {[rows, seq_len]}"
+            )
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if name in given and given[name].ndim != 1:
+            raise ConfigError(f"{name} has shape {list(given[name].shape)}; it must be [docs + 1]")

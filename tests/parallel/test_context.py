@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ringctx.config import TopologyConfig
 from ringctx.errors import LayoutError
 from ringctx.ops.naive import naive_attention
 from ringctx.parallel.comm import Group, SoloGroup
@@ -154,41 +155,6 @@ def test_stands_in_for_scaled_dot_product_attention(seq_len: int, is_causal: boo
     run_ranks(2, _like_torch, seq_len, is_causal)
 
 
-def _reduce() -> None:
-    context, rank = ContextParallel(group=_world()), dist.get_rank()
-    p = nn.ParameterDict({name: nn.Parameter(torch.ones(3)) for name in ("all", "one", "none")})
-    p["frozen"] = nn.Parameter(torch.ones(3), requires_grad=False)
-    p["bf16"] = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    p["all"].grad = torch.full((3,), rank + 1.0)
-    # In bf16 256 + 1 is 256: a sum in that dtype would lose every rank but one.
-    p["bf16"].grad = torch.full((3,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
-    if rank == 1:
-        p["one"].grad = torch.full((3,), 7.0)
-    context.reduce_gradients(p)
-    assert p["all"].grad.tolist() == [6.0] * 3
-    assert p["one"].grad is not None and p["one"].grad.tolist() == [7.0] * 3
-    assert p["none"].grad is None and p["frozen"].grad is None
-    assert p["bf16"].grad.tolist() == [258.0] * 3
-
-
-def test_gradients_add_up_where_any_rank_has_one() -> None:
-    run_ranks(3, _reduce)
-
-
-def _fill_buckets() -> None:
-    # Above and below the size at which a bucket leaves.
-    p = nn.ParameterList(torch.ones(n) for n in (5, 2**24, 3))
-    for i, parameter in enumerate(p):
-        parameter.grad = torch.full_like(parameter, i + 1.0)
-    ContextParallel(group=_world()).reduce_gradients(p)
-    for i, parameter in enumerate(p):
-        assert parameter.grad is not None and bool((parameter.grad == 2 * (i + 1.0)).all())
-
-
-def test_large_gradients_add_up_too() -> None:
-    run_ranks(2, _fill_buckets)
-
-
 def _differ(how: str) -> None:
     tokens = torch.arange(12).view(2, 6)
     given: dict[str, Tensor | None] = {"tokens": tokens, "labels": None}
@@ -202,12 +168,16 @@ def _differ(how: str) -> None:
                 given["tokens"] = tokens.flip(1)
             case "names":
                 given["labels"] = tokens
+            case "dtype":
+                given["tokens"] = tokens.int()
+            case "presence":
+                given["tokens"] = None
             case "nothing":
                 given["labels"] = None
     ContextParallel(group=_world()).check_same(**given)
 
 
-@pytest.mark.parametrize("how", ["shape", "contents", "order", "names"])
+@pytest.mark.parametrize("how", ["shape", "contents", "order", "names", "dtype", "presence"])
 def test_ranks_that_hold_different_batches_are_told_so(how: str) -> None:
     with pytest.raises(RankError, match="differs between them"):
         run_ranks(2, _differ, how)
@@ -215,6 +185,21 @@ def test_ranks_that_hold_different_batches_are_told_so(how: str) -> None:
 
 def test_ranks_that_hold_the_same_batch_go_on() -> None:
     run_ranks(2, _differ, "nothing")
+
+
+def _compare_nothing() -> None:
+    context = ContextParallel(group=_world())
+    context.check_same()
+    context.check_same(tokens=None)
+    x = torch.tensor([0.0, 1.5, float("nan")], dtype=torch.bfloat16)
+    context.check_same(x=x, flags=x > 1, width=torch.tensor(3))
+    # Equal as numbers, and not the same.
+    with pytest.raises(LayoutError, match=r"\(x\) differs"):
+        context.check_same(x=torch.tensor([0.0 if dist.get_rank() else -0.0]))
+
+
+def test_ranks_compare_nothing_and_anything() -> None:
+    run_ranks(2, _compare_nothing)
 
 
 def _alone(seq_len: int = 6, *, cu_seqlens: Tensor | None = None) -> SharedSequence:
@@ -301,6 +286,21 @@ def test_refuses_documents_that_do_not_fill_the_row(borders: list[int]) -> None:
         _alone(6, cu_seqlens=torch.tensor(borders))
 
 
+@pytest.mark.parametrize(
+    ("borders", "message"),
+    [
+        ([0, 6], "cu_seqlens is a list; pass an integer tensor"),
+        (torch.tensor([0, 3.7, 6]), r"cu_seqlens is torch\.float32; it must hold integers"),
+        (torch.tensor([False, True]), r"cu_seqlens is torch\.bool"),
+        (torch.tensor([0, 2**32 + 3, 6]), "beyond int32"),
+        (torch.tensor([[0, 6]]), "must be int32 .documents"),
+    ],
+)
+def test_refuses_documents_that_are_no_integers(borders: Any, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        _alone(6, cu_seqlens=borders)
+
+
 def test_refuses_a_step_without_targets() -> None:
     with pytest.raises(LayoutError, match="no targets"):
         scale_loss(torch.zeros(()), num_targets=0)
@@ -311,5 +311,12 @@ def test_refuses_what_is_no_group_or_layout() -> None:
         ContextParallel(group=None)  # type: ignore[arg-type]
     with pytest.raises(LayoutError, match="layout='spiral' is not known"):
         ContextParallel(group=SoloGroup(), layout="spiral")
+    with pytest.raises(LayoutError, match="schedule='spiral' is not known; choose one of auto"):
+        ContextParallel(group=SoloGroup(), schedule="spiral")
+    with pytest.raises(LayoutError, match=r"such as TopologyConfig\(kind='cables'\)"):
+        ContextParallel(group=SoloGroup(), topology="cables")  # type: ignore[arg-type]
+    nodes = TopologyConfig(kind="two_level", ranks_per_node=2)
+    with pytest.raises(LayoutError, match="ranks_per_node=2 does not spread the 3 ranks"):
+        ContextParallel(group=OneOf(0, 3), topology=nodes)
     with pytest.raises(LayoutError, match="has no collectives"):
         ContextParallel(group=OneOf(0, 2)).sum(torch.zeros(1))
