@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "Pending",
     "SoloGroup",
     "Transfer",
+    "connect",
     "current_ledger",
     "exchange",
     "expect",
@@ -234,6 +236,20 @@ class Exchange:
         for pending in self._pending:
             pending.wait()
         self._pending, self._sends = (), ()
+
+
+def connect(group: Group, device: torch.device) -> None:
+    """Before the first transfers of a group on CUDA: NCCL wants all of its ranks in its first call.
+
+    Every rank of the group calls it. Once per group it costs a collective of one number.
+    """
+    if isinstance(group, dist.ProcessGroup) and device.type == "cuda":
+        _connect(group, device)
+
+
+@lru_cache(maxsize=64)
+def _connect(group: dist.ProcessGroup, device: torch.device) -> None:
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,10 +17,11 @@ Price: pure integers, some microseconds a document; cached.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,12 @@ class Mask:
     sinks: int = 0
     # Only its own document: where each begins, and the end of the last. None is one document.
     cu_seqlens: tuple[int, ...] | None = None
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Hash the fields."""
+        fields = (self.causal, self.window, self.sinks, self.cu_seqlens)
+        object.__setattr__(self, "_hash", hash(fields))
 
     @classmethod
     def checked(
@@ -69,22 +76,16 @@ class Mask:
             LayoutError: if a setting is out of range, or two do not fit together.
         """
         _check_window(causal, window, sinks)
-        bounds = None if cu_seqlens is None else _checked_bounds(cu_seqlens, seq_len)
-        if bounds == (0, seq_len):
-            bounds = None
         if window is None or window >= seq_len:
-            return cls(causal=causal, cu_seqlens=bounds)
-        return cls(causal=causal, window=window, sinks=sinks, cu_seqlens=bounds)
+            window, sinks = None, 0
+        if cu_seqlens is None:
+            return cls(causal=causal, window=window, sinks=sinks)
+        _check_bounds(cu_seqlens)
+        return _with_documents(causal, window, sinks, cu_seqlens.numpy().tobytes(), seq_len)
 
-    def documents_in(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
-        """Where each document that has a token in [start, stop) begins and ends.
-
-        Without documents: one, as if it ended at `stop`.
-        """
-        if self.cu_seqlens is None:
-            return ((0, stop),)
-        first, end = _overlapping(self.cu_seqlens, start, stop)
-        return tuple(pairwise(self.cu_seqlens[first : end + 1]))
+    def __hash__(self) -> int:
+        """Worked out once: masks of thousands of documents are looked up for every piece."""
+        return self._hash
 
 
 def pair_slices(mask: Mask, sharding: Sharding, *, q: Piece, k: Piece) -> tuple[PairSlice, ...]:
@@ -105,6 +106,8 @@ def pair_slices(mask: Mask, sharding: Sharding, *, q: Piece, k: Piece) -> tuple[
 
 
 def _check_window(causal: bool, window: int | None, sinks: int) -> None:
+    if not isinstance(causal, bool):
+        raise LayoutError(f"causal={causal!r} must be True or False")
     if window is None:
         if sinks != 0:
             raise LayoutError(
@@ -126,7 +129,7 @@ def _check_window(causal: bool, window: int | None, sinks: int) -> None:
         raise LayoutError(f"sinks={sinks!r} must be a whole number of at least 0; 0 for none")
 
 
-def _checked_bounds(cu_seqlens: Tensor, seq_len: int) -> tuple[int, ...]:
+def _check_bounds(cu_seqlens: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise LayoutError(
             f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be an int32 CPU tensor: "
@@ -138,7 +141,14 @@ def _checked_bounds(cu_seqlens: Tensor, seq_len: int) -> tuple[int, ...]:
             "it must be int32 [documents + 1] on the CPU: "
             "cu_seqlens.flatten().to('cpu', torch.int32), once, where the batch is made"
         )
-    bounds = tuple(cu_seqlens.tolist())
+
+
+# The same borders give the same object, which is equal to itself at a glance.
+@lru_cache(maxsize=64)
+def _with_documents(
+    causal: bool, window: int | None, sinks: int, int32_bounds: bytes, seq_len: int
+) -> Mask:
+    bounds = tuple(np.frombuffer(int32_bounds, dtype=np.int32).tolist())
     if len(bounds) < 2 or bounds[0] != 0:
         found = f"begins with {bounds[0]:,}" if bounds else "is empty"
         if bounds[:1] == (0,):
@@ -157,7 +167,8 @@ def _checked_bounds(cu_seqlens: Tensor, seq_len: int) -> tuple[int, ...]:
             f"cu_seqlens ends with {bounds[-1]:,} and the whole sequence with {seq_len:,}; they "
             "must agree: cu_seqlens covers all ranks' tokens, padding as a document of its own"
         )
-    return bounds
+    documents = None if len(bounds) == 2 else bounds
+    return Mask(causal=causal, window=window, sinks=sinks, cu_seqlens=documents)
 
 
 @lru_cache(maxsize=4096)

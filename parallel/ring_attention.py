@@ -10,6 +10,7 @@ Source: Liu et al. 2023 (arXiv 2310.01889); TokenRing (arXiv 2412.20501).
 Shapes: B batch, T local tokens, H heads, Hkv key/value heads, D head dim.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
 
@@ -128,8 +129,11 @@ def ring_attention(
         schedule=schedule,
         topology=topology,
         scale=scale,
+        # One rank that runs no backward would leave the others waiting in theirs.
+        differentiates=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
     ):
         check_heads(q, k, v)
+        _check_scale(scale)
         if q.shape[1] != k.shape[1]:
             raise LayoutError(f"q holds {q.shape[1]:,} local tokens and k, v {k.shape[1]:,}")
         if schedule not in get_args(Schedule):
@@ -153,8 +157,19 @@ def ring_attention(
         wiring,
         schedule,
     )
+    comm.connect(group, q.device)
     out, lse = RingAttention.apply(q, k, v, plan)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise LayoutError(f"scale={scale!r} must be a finite number, or None for 1 / sqrt(D)")
+
+
+def _own_precision(x: Tensor) -> torch.autocast:
+    """The passes choose their precisions themselves: autocast would round sums to bf16."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def wiring_of(group: comm.Group, topology: TopologyConfig | None) -> Wiring:
@@ -199,7 +214,8 @@ class RingAttention(torch.autograd.Function):
         """`(out, lse)`; of these, out has a gradient."""
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         route = plan.route(backward=False)
-        out, lse = ring_pass.forward(q, k, v, place=plan.place, route=route)
+        with _own_precision(q):
+            out, lse = ring_pass.forward(q, k, v, place=plan.place, route=route)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.ledger = plan, comm.current_ledger()
         ctx.mark_non_differentiable(lse)
@@ -212,7 +228,7 @@ class RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         route = ctx.plan.route(backward=True)
         # Autograd may run this in a thread of its own, where no ledger is set.
-        with comm.record_into(ctx.ledger):
+        with comm.record_into(ctx.ledger), _own_precision(q):
             grads = ring_pass.backward(
                 grad_out.contiguous(), q, k, v, out=out, lse=lse, place=ctx.plan.place, route=route
             )

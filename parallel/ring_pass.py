@@ -242,15 +242,17 @@ def _add(into: Tensors, result: Tensors) -> None:
 def _delta(grad_out: Tensor, out: Tensor) -> Tensor:
     """What the normalisation of each row's softmax takes back, `[B, H, T]`, in at least fp32."""
     wide = torch.promote_types(out.dtype, torch.float32)
-    delta: Tensor = torch.linalg.vecdot(grad_out.to(wide), out.to(wide))
+    delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
     return delta.transpose(1, 2).contiguous()
 
 
 def _with_delta(grad_out: Tensor, delta: Tensor) -> Tensor:
     """Some out whose product with grad_out is delta: all that a backward uses out for."""
     wide = grad_out.to(delta.dtype)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    factor = delta.transpose(1, 2).unsqueeze(-1) / norm
+    # In units of its largest entry no row is too small to be squared.
+    unit = wide.abs().amax(-1, keepdim=True)
+    direction = wide / unit
+    factor = delta.transpose(1, 2).unsqueeze(-1) / unit / direction.square().sum(-1, keepdim=True)
     # A row whose gradient is 0 takes no part: 0 / 0.
-    along = torch.where(norm > 0, wide / norm * factor, 0.0)
+    along = torch.where(unit > 0, direction * factor, 0.0)
     return along.to(grad_out.dtype)

@@ -52,7 +52,9 @@ def subgroup(group: Group, ranks: Sequence[int]) -> Group:
     """The group of some ranks of `group`, this one among them.
 
     Of a process group it makes a new one: the members call together, each of its groups in the same
-    order. Ranks outside take no part.
+    order. On gloo ranks outside take no part; NCCL with a bound device splits the world's
+    communicator, so there every rank of the world must make groups of its own at the same time, as
+    `mesh.Mesh` does.
 
     Args:
         group: the ranks to choose from.

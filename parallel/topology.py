@@ -102,7 +102,6 @@ class Wiring:
         return f"{('out of', 'into', 'out of node', 'into node')[kind]} {end}"
 
 
-@lru_cache(maxsize=64)
 def wire_up(topology: TopologyConfig | None, *, ranks: tuple[int, ...], world_size: int) -> Wiring:
     """How the ranks of a group are wired.
 
@@ -114,7 +113,16 @@ def wire_up(topology: TopologyConfig | None, *, ranks: tuple[int, ...], world_si
     Raises:
         LayoutError: if the nodes of two_level do not fit the group.
     """
-    topology = topology or TopologyConfig()
+    if topology is not None and not isinstance(topology, TopologyConfig):
+        raise LayoutError(
+            f"topology={topology!r} must be a ringctx.config.TopologyConfig, such as "
+            "TopologyConfig(kind='cables'), or None for a switch"
+        )
+    return _wire_up(topology or TopologyConfig(), ranks, world_size)
+
+
+@lru_cache(maxsize=64)
+def _wire_up(topology: TopologyConfig, ranks: tuple[int, ...], world_size: int) -> Wiring:
     if topology.ranks_per_node is not None:
         nodes = [rank // topology.ranks_per_node for rank in ranks]
         sizes = {nodes.count(node) for node in set(nodes)}

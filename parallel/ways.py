@@ -17,13 +17,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from ringctx.parallel.layout import Piece, Sharding
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.need import Needed, Travels, needed_pieces
 from ringctx.parallel.routes import Chain, Returns, Route, Star
-from ringctx.parallel.topology import Wiring
+from ringctx.parallel.topology import Ints, Wiring
 
 __all__ = ["build_route", "travels_in"]
 
@@ -71,9 +70,9 @@ class _Ring:
         """Hops to the farthest of the users, in the direction in which that is nearer."""
         return min(self.reach(piece.owner, users, step) for step in (1, -1))
 
-    def load(self, legs: Sequence[_Leg]) -> npt.NDArray[np.float64]:
+    def load(self, legs: Sequence[_Leg]) -> Ints:
         """Rows that each wire carries: `[0, i]` up from rank i, `[1, i]` down from it."""
-        load = np.zeros((2, self.size))
+        load = np.zeros((2, self.size), dtype=np.int64)
         for leg in legs:
             hops = np.arange(self.reach(leg.piece.owner, leg.users, leg.step))
             passed = (leg.piece.owner + leg.step * hops) % self.size
@@ -92,7 +91,8 @@ class _Ring:
         return Chain(leg.piece, path, attends, home, relays=self.relays)
 
 
-@lru_cache(maxsize=256)
+# A table of many ranks weighs megabytes, and packed rows bring a new mask every step.
+@lru_cache(maxsize=32)
 def build_route(
     schedule: str,
     *,
@@ -262,13 +262,13 @@ def _balanced(needed: Sequence[Needed], ring: _Ring, _: Sharding) -> list[_Leg]:
     parts.sort(key=lambda item: -item[0].length * len(item[1]))
     options = [[(legs, ring.load(legs)) for legs in _splits(*item, ring)] for item in parts]
     chosen = [0] * len(parts)
-    load = np.zeros((2, ring.size))
+    load = np.zeros((2, ring.size), dtype=np.int64)
     for sweep in range(_SWEEPS):
         for i, ways in enumerate(options):
             if sweep:
                 load -= ways[chosen[i]][1]
-            # A high norm: what the busiest link carries, with a word for all others.
-            rates = [float(np.sum((load + adds) ** 8)) for _, adds in ways]
+            # The busiest link first, then the next: in integers, the same on every processor.
+            rates = [sorted((load + adds).ravel().tolist(), reverse=True) for _, adds in ways]
             chosen[i] = rates.index(min(rates))
             load = load + ways[chosen[i]][1]
     return [leg for i, ways in enumerate(options) for leg in ways[chosen[i]][0]]

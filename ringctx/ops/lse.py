@@ -13,8 +13,9 @@ from ringctx.errors import LayoutError
 
 __all__ = ["merge", "merge_"]
 
-# Query rows merged at a time: bounds the copy of a bf16 block in the accumulator's dtype.
-_TILE = 512
+# Query rows merged at a time, by device: bounds the copy of a bf16 block in the accumulator's
+# dtype, and on CUDA the launches.
+_TILES = {"cpu": 512, "cuda": 16384}
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +50,7 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     share = (block_lse - joined).exp_().masked_fill_(block_lse == -torch.inf, 0.0)
     lse.copy_(joined)
     share = share.transpose(1, 2).unsqueeze(-1)
-    for start in range(0, tokens, _TILE):
-        rows = slice(start, start + _TILE)
+    tile = _TILES.get(out.device.type, _TILES["cpu"])
+    for start in range(0, tokens, tile):
+        rows = slice(start, start + tile)
         out[:, rows].lerp_(block_out[:, rows].to(out.dtype), share[:, rows])

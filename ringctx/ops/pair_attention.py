@@ -16,8 +16,8 @@ of what a slice of several tiles reads.
 Shapes: B batch, T query tokens, S key tokens, H heads, Hkv key/value heads, D head dim.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from ringctx.ops.block_attention import BlockMask, block_backward, block_forward
 from ringctx.ops.lse import merge_
 
 __all__ = ["PairSlice", "attend_pair", "attend_pair_", "differentiate_pair_"]
+
+# Batch of one CUDA launch: tiles are a dimension of its grid.
+_MOST_TILES = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,24 @@ def _spanned(length: int, part: PairSlice) -> int:
     return part.count * length + (part.count - 1) * part.gap
 
 
+def _launches(slices: Sequence[PairSlice], *, batch: int) -> Iterator[PairSlice]:
+    """The same slices, none with more tiles than a kernel takes as its batch."""
+    most = max(1, _MOST_TILES // batch)
+    for part in slices:
+        for first in range(0, part.count, most):
+            rows = first * (part.q_len + part.gap)
+            yield (
+                part
+                if part.count <= most
+                else replace(
+                    part,
+                    q_start=part.q_start + rows,
+                    k_start=part.k_start + rows,
+                    count=min(most, part.count - first),
+                )
+            )
+
+
 def attend_pair(
     q: Tensor, k: Tensor, v: Tensor, slices: Sequence[PairSlice], *, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -86,8 +107,8 @@ def attend_pair(
         out 0 and lse -inf for a query that sees no key. If one slice is all there is and it covers
         every row, they are the kernel's own result, out in the dtype of q.
     """
-    covering = [part for part in slices if _covers(part, q.shape[1])]
-    rest = list(slices)
+    rest = list(_launches(slices, batch=q.shape[0]))
+    covering = [part for part in rest if _covers(part, q.shape[1])]
     if covering:
         rest.remove(covering[0])
         out, lse = _joined(*_forward(q, k, v, covering[0], scale=scale), batch=q.shape[0])
@@ -123,7 +144,7 @@ def attend_pair_(
         slices: as in `attend_pair`.
         scale: as in `attend_pair`.
     """
-    for part in slices:
+    for part in _launches(slices, batch=q.shape[0]):
         tile_out, tile_lse = _forward(q, k, v, part, scale=scale)
         if part.gap == 0:
             result = _joined(tile_out, tile_lse, batch=q.shape[0])
@@ -167,7 +188,7 @@ def differentiate_pair_(
         slices: as in `attend_pair`.
         scale: as in `attend_pair`.
     """
-    for part in slices:
+    for part in _launches(slices, batch=q.shape[0]):
         queries = (_batched(x, part.q_start, part.q_len, part) for x in (grad_out, q))
         keys = (_batched(x, part.k_start, part.k_len, part) for x in (k, v))
         shares = block_backward(

@@ -320,3 +320,17 @@ def test_cuda_slices_match_the_oracle(mask: Mask, batch: int, dtype: torch.dtype
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for ours, expected in zip(actual, _oracle(mask, *inputs), strict=True):
         assert (ours.cpu() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_more_tiles_than_a_launch_takes_are_several_launches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = (torch.randn(2, 21, 2, 4, dtype=torch.float64) for _ in range(3))
+    slices = [PairSlice(0, 3, 0, 3, "causal", count=7)]
+    whole = attend_pair(q, k, v, slices, scale=0.5)
+    calls = count_kernel_calls(monkeypatch)
+    monkeypatch.setattr(pair_attention, "_MOST_TILES", 6)
+    parts = attend_pair(q, k, v, slices, scale=0.5)
+    assert calls["cpu_flash", "forward"] == 3
+    for part, all_at_once in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, all_at_once)

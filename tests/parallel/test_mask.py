@@ -185,14 +185,6 @@ def test_contiguous_leaves_the_first_rank_idle_after_its_own_block() -> None:
     assert _work("contiguous", 4, local_len=10)[0] == [55, 0, 0, 0]
 
 
-def test_documents_in_a_range_are_those_that_hold_a_token_of_it() -> None:
-    mask = Mask(cu_seqlens=(0, 3, 7, 20))
-    assert mask.documents_in(0, 20) == ((0, 3), (3, 7), (7, 20))
-    assert mask.documents_in(2, 3) == ((0, 3),)
-    assert mask.documents_in(3, 8) == ((3, 7), (7, 20))
-    assert Mask().documents_in(5, 9) == ((0, 9),)
-
-
 def _int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
