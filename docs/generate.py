@@ -70,10 +70,10 @@ def _field_rows(
     """A row of the table for each field, those of a section within it right below."""
     inner, rows = subsections(section), []
     for field in dataclasses.fields(section):
-        default = "" if field.name in inner else f"`{_default(field)}`"
-        rows.append(
-            f"| `{prefix}{field.name}` | {default} | {texts[section.__name__][field.name]} |"
-        )
+        # A section within may be given by its first field alone.
+        first = dataclasses.fields(inner[field.name])[0] if field.name in inner else field
+        text = texts[section.__name__][field.name]
+        rows.append(f"| `{prefix}{field.name}` | `{_default(first)}` | {text} |")
         if field.name in inner:
             rows += _field_rows(inner[field.name], texts, f"{prefix}{field.name}.")
     return rows

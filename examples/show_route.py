@@ -20,9 +20,14 @@ def main(schedule: str = "two_way", ranks: str = "4", topology: str = "cables") 
     if schedule not in SCHEDULES or topology not in get_args(TopologyKind):
         print(f"schedules: {', '.join(SCHEDULES)}; topologies: {', '.join(get_args(TopologyKind))}")
         return 2
+    if not ranks.isdecimal() or int(ranks) < 1:
+        print(f"ranks: {ranks!r} is not a number of ranks; write for example 4")
+        return 2
     world_size = int(ranks)
     kind = next(name for name in get_args(TopologyKind) if name == topology)
-    nodes = max(1, world_size // 2) if kind == "two_level" else None
+    # As large as divides the ranks: two nodes, where their number is even.
+    halves = (n for n in range(world_size // 2, 0, -1) if world_size % n == 0)
+    nodes = next(halves, 1) if kind == "two_level" else None
     wiring = wire_up(
         TopologyConfig(kind=kind, ranks_per_node=nodes),
         ranks=tuple(range(world_size)),

@@ -5,13 +5,15 @@ Asks the function that `auto` asks, so it answers before anything is run, for an
 
 import argparse
 import json
+import re
+import sys
 from typing import Any, get_args
 
 import torch
 
 from ringctx.config import TopologyConfig, TopologyKind
 from ringctx.config_file import parse_size
-from ringctx.errors import ConfigError
+from ringctx.errors import ConfigError, LayoutError
 from ringctx.parallel.cost import Choice, PassCost, choose
 from ringctx.parallel.layout import LAYOUTS, Sharding
 from ringctx.parallel.mask import Mask
@@ -20,6 +22,10 @@ from ringctx.parallel.traffic import Shape
 
 __all__ = ["add_plan_commands"]
 
+# A field of TopologyConfig in a message.
+_FIELD = re.compile(r"(?:parallel\.)?topology\.([a-z_]+)(=?)")
+# Ranks beyond which pricing takes more than some seconds.
+_MANY = 256
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -48,6 +54,7 @@ def _add_attention(command: argparse.ArgumentParser) -> None:
     add("--full", action="store_true", help="every token sees every other (causal)")
     add("--window", metavar="LEN", help="tokens that a token sees, itself included (all)")
     add("--sinks", metavar="LEN", default="0", help="first tokens seen beyond the window (0)")
+    add("--documents", metavar="LEN", help="packed rows: documents of LEN tokens (one)")
 
 
 def _add_topology(command: argparse.ArgumentParser) -> None:
@@ -65,15 +72,13 @@ def _attention(args: argparse.Namespace) -> int:
     shape = _shape(args)
     if args.ranks < 1:
         raise ConfigError(f"--ranks {args.ranks} must be at least 1")
-    sharding = Sharding(parse_size(args.seq_len), args.ranks, args.layout)
-    mask = Mask.checked(
-        causal=not args.full,
-        window=parse_size(args.window) if args.window else None,
-        sinks=parse_size(args.sinks),
-        cu_seqlens=None,
-        seq_len=sharding.seq_len,
-    )
-    wiring = _wiring(args)
+    sharding = _sharding(args)
+    mask, wiring = _mask(args, sharding.seq_len), _wiring(args)
+    if args.ranks > _MANY:
+        sys.stderr.write(
+            f"ringctx: pricing every schedule on {args.ranks:,} ranks takes a while: on 1,024 "
+            "a minute or more\n"
+        )
     choice = choose(shape=shape, sharding=sharding, mask=mask, wiring=wiring)
     if args.json:
         print(json.dumps(_as_json(choice, wiring)))
@@ -106,16 +111,76 @@ def _shape(args: argparse.Namespace) -> Shape:
     )
 
 
-def _wiring(args: argparse.Namespace) -> Wiring:
-    topology = TopologyConfig(
-        kind=args.topology,
-        link_gbit=args.link_gbit,
-        latency_us=args.latency_us,
-        ranks_per_node=args.ranks_per_node,
-        node_gbit=args.node_gbit,
-        flops=args.flops,
+def _sharding(args: argparse.Namespace) -> Sharding:
+    seq_len = _tokens("--seq-len", args.seq_len)
+    try:
+        return Sharding(seq_len, args.ranks, args.layout)
+    except LayoutError as error:
+        raise ConfigError(f"--seq-len {args.seq_len} --ranks {args.ranks}: {error}") from error
+
+
+def _mask(args: argparse.Namespace, seq_len: int) -> Mask:
+    window = None if args.window is None else _tokens("--window", args.window)
+    sinks = _tokens("--sinks", args.sinks, least=0)
+    if window is not None and args.full:
+        raise ConfigError(
+            f"--window {args.window} does not go with --full: a window counts backwards from a "
+            "token that sees only earlier ones; leave one of the two out"
+        )
+    if sinks and window is None:
+        raise ConfigError(
+            f"--sinks {args.sinks} has no use without --window: every earlier token is visible"
+        )
+    return Mask.checked(
+        causal=not args.full,
+        window=window,
+        sinks=sinks,
+        cu_seqlens=None if args.documents is None else _borders(args.documents, seq_len),
+        seq_len=seq_len,
     )
-    return wire_up(topology, ranks=tuple(range(args.ranks)), world_size=args.ranks)
+
+
+def _borders(documents: str, seq_len: int) -> torch.Tensor:
+    """Where documents of one length begin, and the end of the last, which may be shorter."""
+    length = _tokens("--documents", documents)
+    if seq_len > torch.iinfo(torch.int32).max:
+        raise ConfigError(
+            f"--documents goes up to --seq-len {torch.iinfo(torch.int32).max:,}: cu_seqlens is "
+            "int32"
+        )
+    borders = [*range(0, seq_len, length), seq_len]
+    return torch.tensor(borders, dtype=torch.int32)
+
+
+def _tokens(option: str, text: str, *, least: int = 1) -> int:
+    try:
+        tokens = parse_size(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from error
+    if tokens < least:
+        raise ConfigError(f"{option} {text} must be at least {least}")
+    return tokens
+
+
+def _wiring(args: argparse.Namespace) -> Wiring:
+    try:
+        topology = TopologyConfig(
+            kind=args.topology,
+            link_gbit=args.link_gbit,
+            latency_us=args.latency_us,
+            ranks_per_node=args.ranks_per_node,
+            node_gbit=args.node_gbit,
+            flops=args.flops,
+        )
+        return wire_up(topology, ranks=tuple(range(args.ranks)), world_size=args.ranks)
+    except (ConfigError, LayoutError) as error:
+        raise ConfigError(_FIELD.sub(_option, str(error))) from error
+
+
+def _option(field: "re.Match[str]") -> str:
+    """`parallel.topology.link_gbit=0` as `--link-gbit 0`."""
+    name = "topology" if field[1] == "kind" else field[1].replace("_", "-")
+    return f"--{name} " if field[2] else f"--{name}"
 
 
 def _as_json(choice: Choice, wiring: Wiring) -> dict[str, Any]:
@@ -125,7 +190,7 @@ def _as_json(choice: Choice, wiring: Wiring) -> dict[str, Any]:
         "why": choice.why,
         "topology": wiring.topology.kind,
         "passes": {
-            name: [_cost_as_json(cost) for cost in costs]
+            name: [_cost_as_json(cost, wiring) for cost in costs]
             for name, costs in (
                 ("forward", choice.forward_costs),
                 ("backward", choice.backward_costs),
@@ -134,13 +199,17 @@ def _as_json(choice: Choice, wiring: Wiring) -> dict[str, Any]:
     }
 
 
-def _cost_as_json(cost: PassCost) -> dict[str, Any]:
+def _cost_as_json(cost: PassCost, wiring: Wiring) -> dict[str, Any]:
     return {
         "schedule": cost.schedule,
         "time_s": cost.time_s,
         "compute_s": cost.compute_s,
         "busiest_link": cost.busiest_link,
         "busiest_bytes": cost.busiest_bytes,
+        "links": {
+            wiring.link_name(link): moved
+            for link, moved in zip(cost.links.tolist(), cost.link_bytes.tolist(), strict=True)
+        },
         "sent_bytes_per_rank": int(cost.sent_bytes.max()),
         "total_bytes": cost.total_bytes,
         "memory_bytes": cost.memory_bytes,

@@ -5,6 +5,7 @@ what depends on the dataset or the number of ranks is checked where that is know
 `ringctx.config_file` reads and writes the YAML.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -147,7 +148,8 @@ class ModelConfig:
             ),
             (
                 not windowed or self.window is not None,
-                f"model.mixers={self.mixers!r} has W layers, which need model.window",
+                f"model.mixers={self.mixers!r} has W layers, which need model.window: how "
+                "many tokens they see, for example model.window=1024",
             ),
             (
                 windowed or self.window is None,
@@ -270,34 +272,43 @@ class TopologyConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        node = self.ranks_per_node
+        node, two_level = self.ranks_per_node, self.kind == "two_level"
+        above_zero = {"link_gbit": self.link_gbit, "flops": self.flops}
+        if self.node_gbit is not None:
+            above_zero["node_gbit"] = self.node_gbit
         _require(
             [
-                (
-                    self.link_gbit > 0,
-                    f"parallel.topology.link_gbit={self.link_gbit} must be above 0",
+                *(
+                    (
+                        math.isfinite(value) and value > 0,
+                        f"parallel.topology.{name}={value} must be above 0, and a finite number",
+                    )
+                    for name, value in above_zero.items()
                 ),
                 (
-                    self.latency_us >= 0,
-                    f"parallel.topology.latency_us={self.latency_us} is negative",
+                    math.isfinite(self.latency_us) and self.latency_us >= 0,
+                    f"parallel.topology.latency_us={self.latency_us} must be at least 0, and a "
+                    "finite number",
                 ),
                 (
-                    (node is None) == (self.kind != "two_level"),
-                    f"parallel.topology.ranks_per_node={node} with kind={self.kind}: set it for "
-                    "two_level, and only for it",
+                    node is not None or not two_level,
+                    "parallel.topology.kind=two_level needs parallel.topology.ranks_per_node: how "
+                    "many consecutive ranks share a node, for example 8",
+                ),
+                (
+                    node is None or two_level,
+                    f"parallel.topology.ranks_per_node={node} has no use with parallel.topology."
+                    f"kind={self.kind}: leave it out, or choose two_level",
+                ),
+                (
+                    self.node_gbit is None or two_level,
+                    f"parallel.topology.node_gbit={self.node_gbit} has no use with parallel."
+                    f"topology.kind={self.kind}, which has no nodes: leave it out, or choose "
+                    "two_level",
                 ),
                 (
                     node is None or node > 0,
-                    f"parallel.topology.ranks_per_node={node} must be positive",
-                ),
-                (
-                    self.node_gbit is None or (self.node_gbit > 0 and self.kind == "two_level"),
-                    f"parallel.topology.node_gbit={self.node_gbit} must be above 0, and is only "
-                    "for kind=two_level",
-                ),
-                (
-                    self.flops > 0,
-                    f"parallel.topology.flops={self.flops} must be above 0",
+                    f"parallel.topology.ranks_per_node={node} must be at least 1",
                 ),
             ]
         )
@@ -319,12 +330,12 @@ class ParallelConfig:
     """Of a ring's ranks, how many split the heads between them instead of the tokens; 1: none."""
     schedule: Schedule = "auto"
     """What travels in the ring. one_way: K/V, always to the next rank; two_way: K/V, both ways,
-    each block only as far as the mask needs it; token_ring: queries, and partial results home;
+    each piece only as far as the mask needs it; token_ring: queries, and partial results home;
     all_gather: K/V, straight to every rank that needs them; auto: the cheapest of these by the
     formulas for the shape, the mask and the topology, in each pass by itself."""
     topology: TopologyConfig = field(default_factory=TopologyConfig)
-    """How the ranks are wired, which only `auto` and the routes ask; a section of its own, or
-    just the kind."""
+    """How the ranks are wired, which only `auto` and the routes ask: just the kind, as in
+    `topology: cables`, or a section, as in `topology: {kind: cables, link_gbit: 50}`."""
     engine: Literal["fsdp2", "ddp"] = "fsdp2"
     """fsdp2 shards weights, gradients and optimizer over all ranks; ddp keeps a copy on each."""
 
@@ -518,12 +529,13 @@ class Config:
     def __post_init__(self) -> None:
         """Check what concerns two sections."""
         heads, degree = self.model.num_heads, self.parallel.ulysses_degree
+        fits = [str(n) for n in range(1, heads + 1) if heads % n == 0 and _is_power_of_two(n)]
         _require(
             [
                 (
                     heads % degree == 0,
                     f"parallel.ulysses_degree={degree} does not divide model.num_heads={heads}: "
-                    "its ranks take equal shares of the heads",
+                    f"its ranks take equal shares of the heads; choose one of {', '.join(fits)}",
                 )
             ]
         )

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -70,7 +70,7 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
         try:
             OmegaConf.update(node, key, _with_unit(node, key, value))
         except OmegaConfBaseException as error:
-            rule = "must not be null" if value is None else str(error).splitlines()[0]
+            rule = _rule(section, key, value) or str(error).splitlines()[0]
             problems.append(f"{name}.{key}={value!r}: {rule}")
             continue
         now = OmegaConf.select(node, key)
@@ -171,6 +171,19 @@ def _spelled_out(node: Any) -> Any:
                 first = dataclasses.fields(inner)[0].name
                 OmegaConf.update(node, f"{name}.{key}", {first: value})
     return node
+
+
+def _rule(section: type[Any], key: str, value: Any) -> str | None:
+    """What a field takes, in words for those who gave it something else."""
+    if value is None:
+        return "must not be null"
+    hint = get_type_hints(section)[key]
+    kinds = set(get_args(hint) or [hint]) - {type(None)}
+    if kinds == {float}:
+        return "must be a plain number, without a unit; write for example 400, 0.5 or 3e14"
+    if kinds == {int}:
+        return "must be a whole number; write for example 4096, 128k or 0.5M"
+    return None
 
 
 def _with_unit(node: Any, key: str, value: Any) -> Any:

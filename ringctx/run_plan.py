@@ -6,15 +6,23 @@ that a user can get wrong between config, dataset and world is found here.
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ringctx.config import Config
+import torch
+
+from ringctx.config import Config, ParallelConfig, TopologyConfig
 from ringctx.config_file import config_to_dict
 from ringctx.data import Dataset, Plan, open_dataset
-from ringctx.errors import CheckpointError, ConfigError
-from ringctx.parallel.mesh import StepLayout, step_layouts
+from ringctx.errors import CheckpointError, ConfigError, LayoutError
+from ringctx.parallel.cost import choose
+from ringctx.parallel.head_exchange import key_heads
+from ringctx.parallel.layout import Sharding
+from ringctx.parallel.mask import Mask
+from ringctx.parallel.mesh import StepLayout, split_ranks, step_layouts
+from ringctx.parallel.topology import wire_up
+from ringctx.parallel.traffic import Shape
 
 __all__ = ["RunPlan", "changed_fields", "fields_to_agree_on", "layout_table", "make_run_plan"]
 
@@ -22,6 +30,7 @@ __all__ = ["RunPlan", "changed_fields", "fields_to_agree_on", "layout_table", "m
 # change in the curriculum, the plan decides: it knows what its state can follow.
 _FIXED = ("model.", "train.seed")
 _WARNED = ("optim.", "train.dtype", "train.steps", "curriculum.tokens_per_step")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Where things lie may differ between nodes.
 _PLACES = ("data.path", "train.run_dir")
 
@@ -59,6 +68,7 @@ def make_run_plan(
     config = _with_vocabulary(config, dataset)
     plan = Plan(dataset, config.curriculum, seed=config.train.seed, state=state)
     layouts = step_layouts(plan.bucket_lens, world_size=world_size, parallel=config.parallel)
+    _check_nodes({layout.cp_degree for layout in layouts.values()}, world_size, config.parallel)
     num_steps = config.train.steps or len(plan)
     if num_steps > len(plan):
         raise ConfigError(
@@ -121,6 +131,7 @@ def layout_table(run: RunPlan) -> list[str]:
         )
         for length in sorted(run.layouts)
     ]
+    lines += [line for length in sorted(run.layouts) for line in _auto_line(run, length)]
     dropped = summary.dropped_tokens + summary.left_over_tokens
     lines.append(
         f"plan: {len(run.plan):,} steps of {tokens_per_step:,} tokens, the run takes the first "
@@ -143,6 +154,88 @@ def _layout_line(length: int, layout: StepLayout, *, num_rows: int, ulysses_degr
         f"{layout.dp_degree}, forwards {layout.num_rounds(num_rows)} x rows {layout.rows}"
         + (f", rows without targets {empty}" if empty else "")
     )
+
+
+def _auto_line(run: RunPlan, length: int) -> list[str]:
+    """What `auto` takes in the ring of rank 0; nothing where there is no ring, or no choice."""
+    model, parallel, layout = run.config.model, run.config.parallel, run.layouts[length]
+    if parallel.schedule != "auto":
+        return []
+    world_size = layout.cp_degree * layout.dp_degree
+    ring = next(ring for ring in _rings(layout.cp_degree, world_size, parallel) if 0 in ring)
+    if len(ring) == 1:
+        return []
+    shared = layout.cp_degree // len(ring)
+    shape = Shape(
+        batch=layout.rows,
+        heads=model.num_heads // shared,
+        kv_heads=sum(key_heads(model.num_heads, model.kv_heads, world_size=shared)[0].repeats),
+        head_dim=model.head_width,
+        dtype=_DTYPES[run.config.train.dtype],
+    )
+    taken = {}
+    for letter in dict.fromkeys(model.mixer(layer) for layer in range(model.num_layers)):
+        windowed = letter == "W"
+        choice = choose(
+            shape=shape,
+            sharding=Sharding(length, len(ring), parallel.layout),
+            mask=Mask.checked(
+                causal=True,
+                window=model.window if windowed else None,
+                sinks=model.sinks if windowed else 0,
+                cu_seqlens=None,
+                seq_len=length,
+            ),
+            wiring=wire_up(parallel.topology, ranks=ring, world_size=world_size),
+        )
+        taken[letter] = f"forward {choice.forward}, backward {choice.backward}"
+    told = [f"{letter} {passes}" for letter, passes in taken.items()]
+    if len(set(taken.values())) == 1:
+        told = list(taken.values())[:1]
+    return [f"len {length:>9,}: auto: {'; '.join(told)}"]
+
+
+def _rings(cp_degree: int, world_size: int, parallel: ParallelConfig) -> list[tuple[int, ...]]:
+    """The global ranks of every ring of one degree."""
+    degree = min(parallel.ulysses_degree, cp_degree)
+    within = {
+        split_ranks(rank, cp_degree=cp_degree, ulysses_degree=degree, layout=parallel.layout).ring
+        for rank in range(cp_degree)
+    }
+    firsts = range(0, world_size, cp_degree)
+    return [tuple(first + rank for rank in ring) for first in firsts for ring in sorted(within)]
+
+
+def _check_nodes(cp_degrees: Collection[int], world_size: int, parallel: ParallelConfig) -> None:
+    """Raise ConfigError, on every rank alike, unless the nodes fit every ring of the run."""
+    rings = [ring for cp in sorted(cp_degrees) for ring in _rings(cp, world_size, parallel)]
+    bad = next((ring for ring in rings if not _fits(parallel.topology, ring, world_size)), None)
+    if bad is None:
+        return
+    fits = [
+        str(nodes)
+        for nodes in range(1, world_size + 1)
+        if world_size % nodes == 0
+        and all(
+            _fits(dataclasses.replace(parallel.topology, ranks_per_node=nodes), ring, world_size)
+            for ring in rings
+        )
+    ]
+    ranks = ", ".join(map(str, bad[:4])) + (", ..." if len(bad) > 4 else "")
+    raise ConfigError(
+        f"parallel.topology.ranks_per_node={parallel.topology.ranks_per_node} does not spread the "
+        f"{len(bad)} ranks of a ring ({ranks}) evenly over nodes, and a ring waits for its "
+        f"slowest link; of the numbers that divide the world of {world_size} ranks, "
+        f"{', '.join(fits)} fit"
+    )
+
+
+def _fits(topology: TopologyConfig, ring: tuple[int, ...], world_size: int) -> bool:
+    try:
+        wire_up(topology, ranks=ring, world_size=world_size)
+    except LayoutError:
+        return False
+    return True
 
 
 def _check_wandb(config: Config) -> None:

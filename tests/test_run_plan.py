@@ -1,12 +1,20 @@
 """What a run will do is known, and told, before anything is made."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from ringctx.config import TopologyConfig
 from ringctx.config_file import config_to_dict
 from ringctx.errors import CheckpointError, ConfigError
+from ringctx.parallel.cost import choose
+from ringctx.parallel.layout import Sharding
+from ringctx.parallel.mask import Mask
+from ringctx.parallel.topology import wire_up
+from ringctx.parallel.traffic import Shape
 from ringctx.run_plan import changed_fields, fields_to_agree_on, layout_table
 from tests.tiny import read_config, run_plan, write_config, write_dataset
 
@@ -107,3 +115,72 @@ def test_wandb_that_is_not_installed_is_told_before_the_run(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tracking\.wandb=project needs wandb: pip install"):
         run_plan(folder, "tracking.wandb=project")
+
+
+NODES = ("parallel.topology={kind: two_level, ranks_per_node: 3}", "parallel.tokens_per_rank=32")
+
+
+def test_nodes_that_do_not_fit_are_told_before_the_run_with_those_that_do(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_plan(folder, *NODES, world_size=8)
+    message = str(caught.value)
+    # cp 2: ranks 2 and 3 lie on two nodes, one each; cp 4: 0, 1, 2 and 3 do not spread evenly.
+    assert "parallel.topology.ranks_per_node=3 does not spread the 4 ranks of a ring" in message
+    assert "(0, 1, 2, 3)" in message
+    assert "of the numbers that divide the world of 8 ranks, 1, 2, 4, 8 fit" in message
+    for fitting in (1, 2, 4, 8):
+        run_plan(folder, *NODES, f"parallel.topology.ranks_per_node={fitting}", world_size=8)
+
+
+def test_nodes_that_fit_the_first_ring_must_fit_the_others(folder: Path) -> None:
+    # Ranks 0 to 3 share a node of 6; of 4 to 7, two lie on each; of 8 to 11, all on the second.
+    fits = [*NODES, "parallel.topology.ranks_per_node=6", "parallel.cp_degree=4"]
+    run_plan(folder, *fits, world_size=12)
+    with pytest.raises(ConfigError, match=r"the 4 ranks of a ring \(4, 5, 6, 7\).*, 12 fit"):
+        run_plan(folder, *fits, "parallel.topology.ranks_per_node=5", world_size=12)
+
+
+def test_nodes_need_only_fit_the_rings_that_the_heads_leave(folder: Path) -> None:
+    # All of a group share the heads: no ring. Striped, the ranks of a ring are neighbours.
+    run_plan(folder, *NODES, "parallel.ulysses_degree=4", world_size=8)
+    run_plan(folder, *NODES, "parallel.ulysses_degree=2", "parallel.layout=striped", world_size=8)
+
+
+def auto_lines(folder: Path, *overrides: str, world_size: int = 8) -> list[str]:
+    overrides = ("parallel.tokens_per_rank=16", *overrides)
+    lines = layout_table(run_plan(folder, *overrides, world_size=world_size))
+    return [line for line in lines if " auto: " in line]
+
+
+def test_the_table_says_what_auto_takes_for_every_length_with_a_ring(folder: Path) -> None:
+    lines = auto_lines(folder, "parallel.topology=cables")
+    assert [line.split(": auto: ")[0] for line in lines] == [
+        "len        32",
+        "len        64",
+        "len       128",
+    ]
+    passes = r"forward (\w+), backward (\w+)"
+    assert re.fullmatch(f"{passes}|S {passes}; W {passes}", lines[-1].split("auto: ")[1])
+    assert not auto_lines(folder, "parallel.schedule=two_way")
+    assert not auto_lines(folder, "parallel.tokens_per_rank=128")
+
+
+def test_what_auto_takes_is_what_attention_is_told(folder: Path) -> None:
+    changes = ("parallel.ulysses_degree=2", "model.mixers=S", "model.window=null", "model.sinks=0")
+    wiring = "parallel.topology={kind: cables, link_gbit: 1, latency_us: 0}"
+    (line,) = [
+        line for line in auto_lines(folder, *changes, wiring) if line.startswith("len       128")
+    ]
+    choice = choose(
+        shape=Shape(batch=1, heads=2, kv_heads=1, head_dim=8, dtype=torch.float32),
+        sharding=Sharding(128, 4, "zigzag"),
+        mask=Mask(),
+        wiring=wire_up(
+            TopologyConfig(kind="cables", link_gbit=1, latency_us=0),
+            ranks=(0, 2, 4, 6),
+            world_size=8,
+        ),
+    )
+    assert line == f"len       128: auto: forward {choice.forward}, backward {choice.backward}"
+    # Otherwise a fixed text would do.
+    assert (choice.forward, choice.backward) != ("one_way", "one_way")

@@ -24,3 +24,17 @@ def test_prints_both_passes_in_few_lines(
 def test_names_what_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert show_route.main("three_way") == 2
     assert "two_way" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks", ["x", "0", "-1", "2.5", ""])
+def test_a_number_of_ranks_that_is_none_is_told(
+    ranks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert show_route.main("two_way", ranks) == 2
+    assert f"{ranks!r} is not a number of ranks; write for example 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks", ["1", "3", "6"])
+def test_nodes_fit_any_number_of_ranks(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show_route.main("one_way", ranks, "two_level") == 0
+    assert capsys.readouterr().out.count("busiest link: ") == 4

@@ -8,7 +8,7 @@ import torch
 
 from ringctx.config import TopologyConfig
 from ringctx.launch.cli import main
-from ringctx.parallel.cost import SCHEDULES, choose
+from ringctx.parallel.cost import SCHEDULES, choose, prices
 from ringctx.parallel.layout import Sharding
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.topology import wire_up
@@ -94,22 +94,93 @@ def test_one_rank_has_nothing_to_choose(capsys: pytest.CaptureFixture[str]) -> N
     assert row["busiest_link"] is None and row["total_bytes"] == 0
 
 
+def test_documents_hide_pairs_and_spare_links(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, packed = (planned(words, capsys) for words in (CASE, f"{CASE} --documents 6000"))
+    for name in ("forward", "backward"):
+        for a, b in zip(whole["passes"][name], packed["passes"][name], strict=True):
+            assert b["compute_s"] < a["compute_s"] and b["total_bytes"] < a["total_bytes"]
+    assert "documents: only " in packed["why"]
+    # One document is none.
+    assert planned(f"{CASE} --documents 128k", capsys) == whole
+
+
+def test_the_last_document_is_as_long_as_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    told = planned("plan attention --seq-len 40 --heads 2 --ranks 2 --documents 17", capsys)
+    borders = (0, 17, 34, 40)
+    costs = prices(
+        backward=True,
+        shape=Shape(heads=2, kv_heads=2, head_dim=128),
+        sharding=Sharding(40, 2, "zigzag"),
+        mask=Mask(cu_seqlens=borders),
+        wiring=wire_up(None, ranks=(0, 1), world_size=2),
+    )
+    rows = told["passes"]["backward"]
+    assert [row["compute_s"] for row in rows] == [cost.compute_s for cost in costs]
+
+
+@pytest.mark.parametrize("topology", ["cables", "switch"])
+def test_json_says_what_every_link_carries(
+    topology: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = planned(f"{CASE} --topology {topology} --full", capsys)
+    for rows in told["passes"].values():
+        for row in rows:
+            assert row["links"][row["busiest_link"]] == row["busiest_bytes"]
+            assert max(row["links"].values()) == row["busiest_bytes"]
+    one_way = told["passes"]["forward"][0]
+    # 7 of 8 shards go over every cable; on a switch, over the two ports of every rank.
+    shard = 2 * 8 * 128 * 2 * 131072 // 8
+    names = [f"{i} -> {(i + 1) % 8}" for i in range(8)]
+    if topology == "switch":
+        names = [f"{way} {i}" for way in ("out of", "into") for i in range(8)]
+    assert one_way["links"] == dict.fromkeys(names, 7 * shard)
+
+
+def test_many_ranks_are_told_to_take_time_and_few_are_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "plan attention --seq-len 5140 --heads 1 --head-dim 8 --window 2 --layout contiguous"
+    for ranks, told in ((257, True), (20, False)):
+        assert main([*words.split(), "--ranks", str(ranks)]) == 0
+        printed = capsys.readouterr()
+        assert (f"pricing every schedule on {ranks} ranks takes" in printed.err) is told
+        assert sum(line[2:].startswith("one_way ") for line in printed.out.splitlines()) == 2
+
+
+def wrong(words: str, message: str) -> tuple[str, str]:
+    return f"--seq-len 4k --heads 8 --ranks 2 {words}", message
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--seq-len 100x --heads 8 --ranks 2", "'100x' is not a size"),
-        ("--seq-len 101 --heads 8 --ranks 2", "seq_len=101 is not divisible by 2 * world_size"),
+        ("--seq-len abc --heads 8 --ranks 2", "--seq-len: 'abc' is not a size"),
+        ("--seq-len 0 --heads 8 --ranks 2", "--seq-len 0 must be at least 1"),
+        (
+            "--seq-len 101 --heads 8 --ranks 2",
+            "--seq-len 101 --ranks 2: seq_len=101 is not divisible by 2 * world_size",
+        ),
         ("--seq-len 4k --heads 8 --kv-heads 3 --ranks 2", "--heads 8 is not divisible by"),
         ("--seq-len 4k --heads 0 --ranks 2", "--heads 0 must be at least 1"),
         ("--seq-len 4k --heads 8 --ranks 0", "--ranks 0 must be at least 1"),
-        ("--seq-len 4k --heads 8 --ranks 2 --sinks 4", "sinks=4 needs a window"),
-        ("--seq-len 4k --heads 8 --ranks 2 --window 8 --full", "window=8 needs causal=True"),
-        ("--seq-len 4k --heads 8 --ranks 2 --link-gbit 0", "link_gbit=0.0 must be above 0"),
-        ("--seq-len 4k --heads 8 --ranks 2 --ranks-per-node 2", "ranks_per_node=2 with kind="),
-        ("--seq-len 4k --heads 8 --ranks 2 --topology two_level", "ranks_per_node=None with"),
+        wrong("--sinks 4", "--sinks 4 has no use without --window"),
+        wrong("--window 8 --sinks x", "--sinks: 'x' is not a size"),
+        wrong("--window 8 --sinks -1", "--sinks: '-1' is not a size"),
+        wrong("--window 0", "--window 0 must be at least 1"),
+        wrong("--window wide", "--window: 'wide' is not a size"),
+        wrong("--window 16 --full", "--window 16 does not go with --full"),
+        wrong("--documents 0", "--documents 0 must be at least 1"),
+        wrong("--documents some", "--documents: 'some' is not a size"),
+        ("--seq-len 4g --heads 8 --ranks 2 --documents 1k", "--documents goes up to --seq-len 2,"),
+        wrong("--link-gbit 0", "--link-gbit 0.0 must be above 0"),
+        wrong("--latency-us inf", "--latency-us inf must be at least 0, and a finite number"),
+        wrong("--flops nan", "--flops nan must be above 0"),
+        wrong("--node-gbit 9", "--node-gbit 9.0 has no use with --topology switch"),
+        wrong("--ranks-per-node 2", "--ranks-per-node 2 has no use with --topology switch"),
+        wrong("--topology two_level", "--topology two_level needs --ranks-per-node: how many"),
         (
             "--seq-len 12k --heads 8 --ranks 3 --topology two_level --ranks-per-node 2",
-            "does not spread the 3 ranks",
+            "--ranks-per-node 2 does not spread the 3 ranks",
         ),
     ],
 )
