@@ -1,14 +1,22 @@
 """Ring attention cases: what one rank does, and what all ranks together must return."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ringctx.config import TopologyConfig, TopologyKind
 from ringctx.ops.naive import naive_attention
 from ringctx.parallel import positions, ring_attention, shard
-from ringctx.parallel.comm import Group, SoloGroup, group_rank
+from ringctx.parallel.comm import Group, group_rank
+from ringctx.parallel.layout import Sharding
+from ringctx.parallel.mask import Mask
+from ringctx.parallel.ring_attention import PassPlan, RingAttention
+from ringctx.parallel.ring_pass import Place
+from ringctx.parallel.topology import wire_up
+from ringctx.parallel.traffic import Shape
+from tests.parallel.route_cases import seen
 from tests.tolerances import assert_lse_matches, assert_matches
 
 __all__ = ["Case", "RankResult", "assert_matches_oracle", "attend_on_rank", "join"]
@@ -26,6 +34,8 @@ class Case:
     documents: int = 1
     schedule: str = "auto"
     topology: TopologyKind = "switch"
+    # Ranks of a node of two_level.
+    node: int = 2
     dtype: torch.dtype = torch.float32
     batch: int = 1
     tokens: int = 6
@@ -41,6 +51,7 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"B{self.batch}-T{self.local_len}-H{self.heads}:{self.kv_heads}"
         way = f"{self.schedule}-{self.topology}"
+        way += f"{self.node}" if self.topology == "two_level" else ""
         return f"P{self.world_size}-{self.layout}-{mask}-{way}-{dtype}-{shape}"
 
     @property
@@ -73,10 +84,31 @@ class Case:
     @property
     def settings(self) -> dict[str, object]:
         """All of ring_attention's keyword arguments but the group."""
-        node = 2 if self.topology == "two_level" else None
-        topology = TopologyConfig(kind=self.topology, ranks_per_node=node)
-        way = {"layout": self.layout, "schedule": self.schedule, "topology": topology}
+        way = {"layout": self.layout, "schedule": self.schedule, "topology": self.wires}
         return self.mask | way
+
+    @property
+    def wires(self) -> TopologyConfig:
+        """The topology, with its nodes."""
+        node = self.node if self.topology == "two_level" else None
+        return TopologyConfig(kind=self.topology, ranks_per_node=node)
+
+    def plan_in(self, group: Group, *, ranks: tuple[int, ...], run_size: int) -> PassPlan:
+        """What the call plans where `group` is these ranks of a run of `run_size`."""
+        sharding = Sharding(self.seq_len, self.world_size, self.layout)
+        mask = Mask.checked(seq_len=self.seq_len, **self.mask)  # type: ignore[arg-type]
+        return PassPlan(
+            Place(group=group, sharding=sharding, mask=mask, scale=self.head_dim**-0.5),
+            Shape(
+                batch=self.batch,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                dtype=self.dtype,
+            ),
+            wire_up(self.wires, ranks=ranks, world_size=run_size),
+            self.schedule,
+        )
 
     def whole_inputs(self) -> list[Tensor]:
         """q, k, v and the gradient of out; the same wherever it is called."""
@@ -97,15 +129,18 @@ class RankResult:
     grad_v: Tensor
 
 
-def attend_on_rank(group: Group, case: Case) -> RankResult:
-    """Forward and backward on one rank of any kind of group."""
+def attend_on_rank(group: Group, case: Case, plan: PassPlan | None = None) -> RankResult:
+    """Forward and backward on one rank of any kind of group; a plan replaces the call's own."""
     rank, world_size = group_rank(group), case.world_size
     *inputs, grad_out = (
         shard(x, rank=rank, world_size=world_size, layout=case.layout) for x in case.whole_inputs()
     )
     for x in inputs:
         x.requires_grad_()
-    out, lse = ring_attention(*inputs, group=group, return_lse=True, **case.settings)  # type: ignore[call-overload]
+    if plan is None:
+        out, lse = ring_attention(*inputs, group=group, return_lse=True, **case.settings)  # type: ignore[call-overload]
+    else:
+        out, lse = RingAttention.apply(*inputs, plan)  # type: ignore[no-untyped-call]
     assert out.dtype == case.dtype
     assert not lse.requires_grad
     grads = torch.autograd.grad(out, inputs, grad_out)
@@ -120,14 +155,28 @@ def assert_matches_oracle(case: Case, results: list[RankResult]) -> None:
     oracle_grads = torch.autograd.grad(oracle_out, wide, grad_out.double())
     oracle = RankResult(oracle_out.detach(), oracle_lse.detach(), *oracle_grads)
 
-    # One process on the same inputs: for a mask that kernels know, flash itself.
-    alone = replace(case, world_size=1, tokens=case.seq_len, schedule="auto", topology="switch")
-    one_process = attend_on_rank(SoloGroup(), alone)
+    # Only bf16 is measured by what flash does.
+    flash = _torch_flash(case) if case.dtype == torch.bfloat16 else vars(oracle)
     for name in ("out", "grad_q", "grad_k", "grad_v"):
         joined = join(case, [getattr(result, name) for result in results], dim=1)
-        assert_matches(name, joined, getattr(oracle, name), flash=getattr(one_process, name))
+        assert_matches(name, joined, getattr(oracle, name), flash=flash[name])
     joined = join(case, [result.lse for result in results], dim=2)
     assert_lse_matches(joined, oracle.lse, dtype=case.dtype)
+
+
+def _torch_flash(case: Case) -> dict[str, Tensor]:
+    """One process and torch's own kernel, which reads any mask as a matrix: none of our code."""
+    *qkv, grad_out = (x.transpose(1, 2).contiguous() for x in case.whole_inputs())
+    q, k, v = inputs = [x.requires_grad_() for x in qkv]
+    cu_seqlens = None if case.cu_seqlens is None else tuple(case.cu_seqlens.tolist())
+    mask = Mask(case.causal, case.window, case.sinks, cu_seqlens)
+    visible = seen(Sharding(case.seq_len, 1, "contiguous"), mask)[0, :, 0]
+    out = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.from_numpy(visible), enable_gqa=True
+    )
+    whole = (out.detach(), *torch.autograd.grad(out, inputs, grad_out))
+    names = ("out", "grad_q", "grad_k", "grad_v")
+    return {name: x.transpose(1, 2) for name, x in zip(names, whole, strict=True)}
 
 
 def join(case: Case, shards: list[Tensor], *, dim: int) -> Tensor:

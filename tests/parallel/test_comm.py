@@ -12,12 +12,14 @@ import torch.distributed as dist
 from ringctx.errors import LayoutError
 from ringctx.parallel.comm import (
     Exchange,
+    Expected,
     Group,
     Pending,
     SoloGroup,
     Transfer,
     current_ledger,
     exchange,
+    expect,
     group_rank,
     group_size,
     record_into,
@@ -63,6 +65,8 @@ def test_misuse_is_refused_before_anything_moves(sends: list[Transfer], message:
             raise ValueError("a transfer started")
 
     group = Refuses(0, 2, Mail())
+    with pytest.raises(AssertionError, match=message):
+        expect(sends, group=group)
     with pytest.raises(AssertionError, match=message):
         exchange(sends, [], group=group)
     with pytest.raises(AssertionError, match=message):
@@ -140,3 +144,60 @@ def test_one_batch_holds_receives_first_by_tag_with_global_peers() -> None:
     first, _, third = run_ranks(3, _posted_operations)
     assert first == [("irecv", 2, 0), ("irecv", 2, 1), ("isend", 2, 0), ("isend", 2, 1)]
     assert third == [("irecv", 0, 0), ("irecv", 0, 1), ("isend", 0, 0), ("isend", 0, 1)]
+
+
+def _receive_what_is_announced() -> tuple[bool, list[float], list[int]]:
+    """Rank 1 sends two numbers, late; rank 0 expects them, and has them before its exchange."""
+    assert dist.group.WORLD is not None
+    group, buffers = dist.group.WORLD, [torch.zeros(2), torch.zeros(2)]
+    with record_traffic() as ledger:
+        if dist.get_rank() == 1:
+            # After rank 0 has announced what it expects.
+            dist.barrier()
+            time.sleep(0.2)
+            sends = [Transfer(torch.full((2,), 5.0 + tag), 0, tag) for tag in (1, 0)]
+            exchange(sends, [], group=group).wait()
+            return True, [], [ledger.moved_bytes]
+        expected = expect([Transfer(x, 1, tag) for tag, x in enumerate(buffers)], group=group)
+        counted = [ledger.received.total()]
+        dist.barrier()
+        early = _arrives(buffers)
+        handle = exchange([], expected, group=group)
+        counted.append(ledger.received.total())
+        received = [x[0].item() for x in handle.wait()]
+        counted.append(ledger.received.total())
+    return early, received, counted
+
+
+def _arrives(buffers: list[torch.Tensor], *, within_s: float = 10.0) -> bool:
+    deadline_s = time.monotonic() + within_s
+    while not all(x.all() for x in buffers) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return all(bool(x.all()) for x in buffers)
+
+
+def test_what_is_expected_on_gloo_arrives_before_its_exchange_and_counts_once() -> None:
+    receiver, sender = run_ranks(2, _receive_what_is_announced)
+    assert receiver == (True, [5.0, 6.0], [0, 16, 16])
+    assert sender == (True, [], [16])
+
+
+def test_what_is_expected_elsewhere_is_posted_with_its_exchange_and_counts_once() -> None:
+    def body(group: Group) -> list[int]:
+        peer, buffer = 1 - group_rank(group), torch.zeros(2)
+        with record_traffic() as ledger:
+            expected = expect([Transfer(buffer, peer, 3)], group=group)
+            assert isinstance(expected, Expected) and expected.posted is None
+            # Nobody may write to it yet: a virtual rank's receive makes it NaN.
+            assert not buffer.any()
+            counted = [ledger.received.total()]
+            sent = torch.full((2,), 1.0 + group_rank(group))
+            handle = exchange([Transfer(sent, peer, 3)], expected, group=group)
+            assert buffer.isnan().all()
+            (received,) = handle.wait()
+            counted += [ledger.received.total(), ledger.moved_bytes]
+        assert received is buffer
+        assert received.tolist() == [1.0 + peer] * 2
+        return counted
+
+    assert run_virtual(2, body) == [[0, 8, 8]] * 2

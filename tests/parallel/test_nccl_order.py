@@ -54,9 +54,14 @@ class _Recorder(VirtualGroup):
         ends = [("send", x) for x in sends] + [("recv", x) for x in recvs]
         ends.sort(key=lambda end: end[1].tag)
         if ends:
-            batch = [Operation(kind, x.peer, tuple(x.tensor.shape)) for kind, x in ends]
+            batch = [Operation(kind, x.peer, _content(x)) for kind, x in ends]
             self.batches.append(batch)
         return super().start(sends, recvs)
+
+
+def _content(transfer: Transfer) -> tuple[int, tuple[int, ...], torch.dtype]:
+    """K and V have one shape and one dtype: their tags tell them apart."""
+    return transfer.tag, tuple(transfer.tensor.shape), transfer.tensor.dtype
 
 
 def _replay(batches: Sequence[Sequence[Sequence[Operation]]]) -> None:
@@ -119,6 +124,12 @@ def _cases() -> list[Case]:
 @pytest.mark.proves("ring attention: no deadlock in NCCL's order", on="CPU")
 @pytest.mark.parametrize("case", _cases(), ids=str)
 def test_what_is_started_pairs_up_in_order(case: Case) -> None:
+    _replay(_started(case))
+
+
+def _started(case: Case) -> list[list[list[Operation]]]:
+    """Each rank's batches, forward and backward."""
+
     def body(group: Any) -> list[list[Operation]]:
         recorder = _Recorder(group.rank(), group.size(), group.mail)
         qkv = (x[:, : case.local_len] for x in case.whole_inputs()[:3])
@@ -126,7 +137,7 @@ def test_what_is_started_pairs_up_in_order(case: Case) -> None:
         ring_attention(*inputs, group=recorder, **case.settings).sum().backward()  # type: ignore[call-overload]
         return recorder.batches
 
-    _replay(run_virtual(case.world_size, body))
+    return run_virtual(case.world_size, body)
 
 
 def _batches(route: Route, rank: int) -> list[list[Operation]]:
@@ -148,8 +159,13 @@ def _batches(route: Route, rank: int) -> list[list[Operation]]:
     ("world_size", "schedule", "kind"),
     [
         *itertools.product((16,), SCHEDULES, TOPOLOGIES),
-        pytest.param(256, "two_way", "cables", marks=pytest.mark.slow),
-        pytest.param(256, "two_way", "two_level", marks=pytest.mark.slow),
+        *(
+            pytest.param(256, schedule, kind, marks=pytest.mark.slow)
+            for schedule in ("one_way", "two_way")
+            for kind in ("cables", "two_level")
+        ),
+        pytest.param(256, "token_ring", "two_level", marks=pytest.mark.slow),
+        pytest.param(128, "token_ring", "cables", marks=pytest.mark.slow),
         pytest.param(64, "all_gather", "switch", marks=pytest.mark.slow),
     ],
 )
@@ -174,3 +190,27 @@ def test_replay_finds_a_deadlock() -> None:
     ]
     with pytest.raises(AssertionError, match="wait for ever"):
         _replay(crossed)
+
+
+@pytest.mark.parametrize("kind", ["send", "recv"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_replay_finds_two_tensors_of_one_shape_that_change_places(schedule: str, kind: str) -> None:
+    batches = _started(Case(world_size=2, schedule=schedule, causal=False))
+    _replay(batches)
+    # Of one batch of rank 0, K and V, or what goes with queries in backward.
+    swapped = next(
+        (batch, first, second)
+        for batch in batches[0]
+        for first, second in itertools.combinations(range(len(batch)), 2)
+        if batch[first].kind == batch[second].kind == kind
+        and _without_tag(batch[first]) == _without_tag(batch[second])
+    )
+    batch, first, second = swapped
+    batch[first], batch[second] = batch[second], batch[first]
+    with pytest.raises(AssertionError, match="meets"):
+        _replay(batches)
+
+
+def _without_tag(operation: Operation) -> object:
+    assert isinstance(operation.content, tuple)
+    return operation.content[1:]

@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ringctx.config import TopologyKind
+from ringctx.errors import LayoutError
 from ringctx.parallel import ring_attention, shard, unshard
 from ringctx.parallel.comm import Group, record_traffic
 from tests.parallel.ring_cases import Case, RankResult, assert_matches_oracle, attend_on_rank
@@ -80,13 +82,44 @@ def test_peers_count_within_the_group_and_bytes_by_global_rank() -> None:
     assert [list(peers) for peers in sent] == [[3], [2], [1], [0]]
 
 
+def _attend_on_some(case: Case, ranks: list[int]) -> RankResult | None:
+    group = dist.new_group(ranks)
+    return attend_on_rank(group, case) if dist.get_rank() in ranks else None
+
+
+@pytest.mark.parametrize("schedule", ["auto", *SCHEDULES])
+@pytest.mark.parametrize("ranks", [[0, 1], [1, 2, 3]], ids=str)
+def test_some_ranks_of_a_circle_of_cables_match_the_oracle(ranks: list[int], schedule: str) -> None:
+    # The two ends are not neighbours: a path.
+    case = Case(world_size=len(ranks), topology="cables", schedule=schedule, window=7, sinks=1)
+    results = run_ranks(4, _attend_on_some, case, ranks)
+    assert_matches_oracle(case, [x for x in results if x is not None])
+
+
+def _attend_after_a_disagreement(case: Case) -> tuple[str, RankResult]:
+    mine = replace(case, window=4 + dist.get_rank())
+    with pytest.raises(LayoutError, match=r"(?s)not make the same call:\nwindow: ") as raised:
+        _attend(mine)
+    return str(raised.value), _attend(case)
+
+
+def test_ranks_that_disagree_all_raise_and_can_still_use_their_group() -> None:
+    case = Case(world_size=2, schedule="two_way")
+    messages, results = zip(*run_ranks(2, _attend_after_a_disagreement, case), strict=True)
+    assert len(set(messages)) == 1
+    assert "rank 0 has 4; rank 1 has 5" in messages[0]
+    assert_matches_oracle(case, list(results))
+
+
 def _attend_compiled(case: Case) -> tuple[RankResult, RankResult]:
     inputs = case.whole_inputs()
-    settings = {"rank": dist.get_rank(), "world_size": case.world_size, "layout": case.layout}
-    *leaves, grad_out = (shard(x, **settings) for x in inputs)  # type: ignore[arg-type]
+    where = {"rank": dist.get_rank(), "world_size": case.world_size, "layout": case.layout}
+    *leaves, grad_out = (shard(x, **where) for x in inputs)  # type: ignore[arg-type]
+    settings = case.settings
 
     def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ring_attention(q * 2, k * 3, v.sin(), group=_world()).cos()
+        out: torch.Tensor = ring_attention(q * 2, k * 3, v.sin(), group=_world(), **settings)  # type: ignore[call-overload]
+        return out.cos()
 
     # The compiler warns about its own doings.
     warnings.simplefilter("ignore")
@@ -99,8 +132,16 @@ def _attend_compiled(case: Case) -> tuple[RankResult, RankResult]:
 
 
 @pytest.mark.slow
-def test_a_compiled_block_around_it_gives_the_same_numbers() -> None:
-    for eager, compiled in run_ranks(2, _attend_compiled, Case(world_size=2)):
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(world_size=2),
+        Case(world_size=2, schedule="two_way", window=5, sinks=1, documents=3, topology="cables"),
+    ],
+    ids=str,
+)
+def test_a_compiled_block_around_it_gives_the_same_numbers(case: Case) -> None:
+    for eager, compiled in run_ranks(2, _attend_compiled, case):
         for name in ("out", "grad_q", "grad_k", "grad_v"):
             torch.testing.assert_close(getattr(compiled, name), getattr(eager, name))
 
