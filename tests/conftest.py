@@ -8,7 +8,6 @@ import torch
 
 from tests.ranks import close_pool, make_torch_strict
 
-
 # Ranks compare the arguments of every attention call; the processes started here inherit it.
 os.environ["RINGCTX_CHECK"] = "1"
 

@@ -1,12 +1,13 @@
 """Ring attention cases: what one rank does, and what all ranks together must return."""
 
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ringctx.config import TopologyConfig, TopologyKind
+from ringctx.config import Schedule, TopologyConfig, TopologyKind
 from ringctx.ops.naive import naive_attention
 from ringctx.parallel import positions, ring_attention, shard
 from ringctx.parallel.comm import Group, group_rank
@@ -19,7 +20,29 @@ from ringctx.parallel.traffic import Shape
 from tests.parallel.route_cases import seen
 from tests.tolerances import assert_lse_matches, assert_matches
 
-__all__ = ["Case", "RankResult", "assert_matches_oracle", "attend_on_rank", "join"]
+__all__ = [
+    "MASKS",
+    "SCHEDULES",
+    "TOPOLOGIES",
+    "Case",
+    "RankResult",
+    "assert_matches_oracle",
+    "attend_on_rank",
+    "join",
+]
+
+SCHEDULES = [schedule for schedule in get_args(Schedule) if schedule != "auto"]
+TOPOLOGIES: tuple[TopologyKind, ...] = get_args(TopologyKind)
+MASKS: tuple[dict[str, Any], ...] = (
+    {"causal": True},
+    {"causal": False},
+    {"window": 4},
+    {"window": 3, "sinks": 2},
+    {"documents": 4},
+    {"documents": 4, "causal": False},
+    {"documents": 3, "window": 3},
+    {"documents": 3, "window": 4, "sinks": 1},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
