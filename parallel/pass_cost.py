@@ -8,14 +8,14 @@ lockstep, and a step lasts as long as the longer of
 
 Pieces that leave when a step begins travel during it; results that leave when it ends travel during
 the next one. A transfer that may take several steps loads its links over all of them. Nothing is
-run, and nothing measured: `traffic.py` says what a token weighs, `topology.py` what a link carries.
+run, and nothing measured: `traffic.py` says what a token weighs, `topology.py` what a link carries,
+`pass_memory.py` what is held at a time.
 
 Price: of the order of the hops in the route: milliseconds for 64 ranks, seconds for 1024.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain as joined
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,8 @@ import numpy.typing as npt
 from ringctx.parallel.layout import Sharding
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.pair_counts import visible_pairs
-from ringctx.parallel.routes import Hops, Route
+from ringctx.parallel.pass_memory import attended_hops, peak_bytes
+from ringctx.parallel.routes import Route
 from ringctx.parallel.topology import Ints, Wiring
 from ringctx.parallel.traffic import Shape
 from ringctx.parallel.ways import build_route, travels_in
@@ -55,10 +56,12 @@ class PassCost:
     # What each rank sends.
     sent_bytes: Ints
     ring_steps: int
-    # Largest, of any rank at any time, beyond the local tensors that go in and come out.
+    # Largest, of any rank at any time, beyond the local tensors that go in; what comes out counts.
     memory_bytes: int
-    # Ranks that a rank exchanges anything with; all in the one group of the ring.
+    # Ranks that a rank exchanges anything with.
     peers: int
+    # Groups of ranks that a rank takes part in: the one of the ring, and none for a rank alone.
+    communicators: int
 
     @property
     def total_bytes(self) -> int:
@@ -124,8 +127,11 @@ def pass_cost(
         busiest_bytes=0 if busiest is None else int(link_bytes[busiest]),
         sent_bytes=_bincount(moved.src, moved.bytes, ranks),
         ring_steps=route.num_steps,
-        memory_bytes=_memory(route, moved, shape, sharding, backward=backward),
+        memory_bytes=peak_bytes(
+            route, shape=shape, sharding=sharding, mask=mask, backward=backward
+        ),
         peers=_peers(moved, ranks),
+        communicators=int(ranks > 1),
     )
 
 
@@ -183,12 +189,6 @@ class _Moved:
         )
 
 
-def _attended(route: Route) -> Ints:
-    """The hops of `route.guests` after which the piece is attended."""
-    flags = joined.from_iterable(chain.attends for chain in route.chains)
-    return np.flatnonzero(np.fromiter(flags, dtype=bool, count=len(route.guests)))
-
-
 def _compute_s(
     route: Route,
     moved: _Moved,
@@ -204,7 +204,7 @@ def _compute_s(
     keys = route.travels == "kv"
     pieces = [sharding.shard(rank) for rank in every.tolist()]
     pieces += [chain.piece for chain in route.chains]
-    hops = _attended(route)
+    hops = attended_hops(route)
     which = np.concatenate([every, len(every) + route.guests.chain[hops]])
     ranks = np.concatenate([every, moved.dst[hops]])
     steps = np.concatenate([np.zeros_like(every), route.guests.arrives[hops]])
@@ -294,54 +294,6 @@ def _due_s(load: _LinkLoad, span: int, steps: int, wiring: Wiring) -> Floats:
         busy_s = busy / wiring.bytes_per_s(links)[key % len(links)]
         np.maximum.at(due, key // len(links), busy_s + wiring.topology.latency_us * 1e-6)
     return due
-
-
-def _memory(
-    route: Route, moved: _Moved, shape: Shape, sharding: Sharding, *, backward: bool
-) -> int:
-    """Most that any rank holds beside its inputs and what it returns."""
-    ranks, steps = sharding.world_size, route.num_steps
-    out, home = slice(None, moved.num_guests), slice(moved.num_guests, None)
-    # Buffers of pieces: from when the receive is posted until they are attended and passed on.
-    onwards = _next_hop(route.guests)
-    until = np.where(onwards >= 0, moved.last[out][onwards], route.guests.arrives)
-    until = np.maximum(until, route.guests.arrives)
-    held = [(moved.dst[out], moved.first[out], until, moved.bytes[out])]
-    # Results: from compute until they have been sent, and where they are received.
-    if len(route.results):
-        src, dst, weight = moved.src[home], moved.dst[home], moved.bytes[home]
-        held.append((src, route.results.departs, moved.last[home], weight))
-        held.append((dst, moved.first[home], moved.last[home], weight))
-    change = np.zeros(ranks * (steps + 1), dtype=np.int64)
-    for rank, first, last, weight in held:
-        row = rank * (steps + 1)
-        change += _bincount(row + first, weight, len(change))
-        change -= _bincount(row + last + 1, weight, len(change))
-    peak = int(change.reshape(ranks, steps + 1).cumsum(axis=1).max())
-    if ranks == 1 and not backward:
-        # What the kernel returns is what goes out.
-        return peak
-    return peak + sharding.local_len * _accumulators(route, shape, backward=backward)
-
-
-def _next_hop(hops: Hops) -> Ints:
-    """The row by which a piece leaves the rank it came to, or -1."""
-    following = np.arange(1, len(hops) + 1)
-    if not len(hops):
-        return following
-    goes_on = np.zeros(len(hops), dtype=bool)
-    goes_on[:-1] = (hops.chain[1:] == hops.chain[:-1]) & (hops.src[1:] == hops.dst[:-1])
-    return np.where(goes_on, following, -1)
-
-
-def _accumulators(route: Route, shape: Shape, *, backward: bool) -> int:
-    """Bytes per local token of sums kept in wide precision."""
-    wide = shape.accumulator_dtype.itemsize
-    row = shape.head_dim * wide
-    if not backward:
-        return shape.batch * shape.heads * (row + wide)
-    delta = shape.heads * wide if route.travels == "q" else 0
-    return shape.batch * ((shape.heads + 2 * shape.kv_heads) * row + delta)
 
 
 def _peers(moved: _Moved, ranks: int) -> int:

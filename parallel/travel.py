@@ -63,6 +63,8 @@ def travel(*, group: comm.Group, route: Route, visits: Visits) -> None:
             result = visits.attend(chain.piece, pieces.held[chain.piece])
             if result is not None:
                 results.add(index, result)
+            # Not until the next piece: it is the pass's largest.
+            del result
         pieces.drop(step)
         results.arrive(step)
         for due, hops in todo.results:

@@ -78,6 +78,8 @@ class _Receive:
         assert sent.shape == into.shape, (sent.shape, into.shape)
         assert sent.dtype == into.dtype, (sent.dtype, into.dtype)
         into.copy_(sent)
+        # The sender's buffer is the sender's alone once it hears that it was read.
+        del sent
         self.mail.put(("read", *route), _READ)
 
 
