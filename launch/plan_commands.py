@@ -213,6 +213,7 @@ def _cost_as_json(cost: PassCost, wiring: Wiring) -> dict[str, Any]:
         "sent_bytes_per_rank": int(cost.sent_bytes.max()),
         "total_bytes": cost.total_bytes,
         "memory_bytes": cost.memory_bytes,
+        "communicators": cost.communicators,
         "ring_steps": cost.ring_steps,
         "peers": cost.peers,
     }

@@ -63,7 +63,7 @@ def travel(*, group: comm.Group, route: Route, visits: Visits) -> None:
             result = visits.attend(chain.piece, pieces.held[chain.piece])
             if result is not None:
                 results.add(index, result)
-            # Not until the next piece: it is the pass's largest.
+            # Else it would be held until the next piece has been attended.
             del result
         pieces.drop(step)
         results.arrive(step)
