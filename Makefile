@@ -39,8 +39,9 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A file is run by one process: it starts its ranks once.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 bench: venv
 	$(BIN)/python benchmarks/ring_kernel.py

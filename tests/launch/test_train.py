@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_the_same(folder: Path
         stderr=subprocess.DEVNULL,
     )
     latest = folder / "run" / "checkpoints" / "latest"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while not latest.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def test_an_error_on_one_rank_is_told_by_it_and_ends_the_others(folder: Path, ra
     result = python(*TORCHRUN, "2", str(script), rank, str(folder / "config.yaml"))
     assert f"ringctx: error: rank {rank}: token id 999 in document 7" in result.stderr
     assert "exitcode  : 2" in result.stderr
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 90
 
 
 def test_one_process_without_torchrun_trains(folder: Path) -> None:
