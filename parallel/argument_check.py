@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ringctx.errors import LayoutError
@@ -89,7 +88,7 @@ def _shortened(text: str) -> str:
 
 def _shared(own: Mapping[str, str], *, group: comm.Group) -> list[dict[str, str]]:
     """What every rank says, in rank order."""
-    device, rank = _device(group), comm.group_rank(group)
+    device, rank = comm.message_device(group), comm.group_rank(group)
     message = json.dumps(own).encode().ljust(_MESSAGE_BYTES)
     assert len(message) == _MESSAGE_BYTES, f"{len(message)} bytes of arguments: {own}"
     # As fp32, which every backend and group carries; nobody computes with it.
@@ -101,12 +100,6 @@ def _shared(own: Mapping[str, str], *, group: comm.Group) -> list[dict[str, str]
         received = comm.exchange(sends, recvs, group=group).wait()
     messages = dict(zip(peers, received, strict=True)) | {rank: sent}
     return [json.loads(messages[i].cpu().numpy().tobytes()) for i in sorted(messages)]
-
-
-def _device(group: comm.Group) -> torch.device:
-    if isinstance(group, dist.ProcessGroup) and "cpu:" not in dist.get_backend_config(group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _difference(everyone: list[dict[str, str]]) -> str | None:

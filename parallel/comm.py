@@ -45,6 +45,7 @@ __all__ = [
     "expect",
     "group_rank",
     "group_size",
+    "message_device",
     "record_into",
     "record_traffic",
 ]
@@ -115,6 +116,13 @@ def group_size(group: Group) -> int:
         LayoutError: if there is no group, or this rank is not in it.
     """
     return _checked(group).size()
+
+
+def message_device(group: Group) -> torch.device:
+    """Where a message of a few bytes has to be for this group to carry it."""
+    if isinstance(group, dist.ProcessGroup) and "cpu:" not in dist.get_backend_config(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _checked(group: Group | None) -> Group:

@@ -113,7 +113,7 @@ class ContextParallel:
         # Ranks may disagree on how many tensors there are, and where, so what travels has one
         # length and goes one way.
         own, group = _checksum(torch.stack(sums)), self._process_group()
-        bounds = torch.stack((own, -own)).to(_message_device(group))
+        bounds = torch.stack((own, -own)).to(comm.message_device(group))
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
         highest, lowest = bounds.tolist()
         if highest != -lowest:
@@ -342,13 +342,6 @@ def _as_borders(cu_seqlens: Tensor) -> Tensor:
         most = torch.iinfo(torch.int32).max
         raise LayoutError(f"cu_seqlens holds values beyond int32, which ends at {most:,}")
     return borders
-
-
-def _message_device(group: dist.ProcessGroup) -> torch.device:
-    """Where a message of a few bytes has to be, for this group to carry it."""
-    if "cpu:" in dist.get_backend_config(group):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _checksum(x: Tensor) -> Tensor:

@@ -163,8 +163,9 @@ def _load(route: Route, wiring: Wiring, returns_weight: float) -> tuple[float, f
     busiest = np.zeros(step.max() + 1)
     np.maximum.at(busiest, at, each)
     overall = np.bincount(np.unique(link, return_inverse=True)[1], weights=each)
-    times = (float(busiest.sum()), float(overall.max()))
-    return *(float(f"{time:.3g}") for time in times), float(weight.sum()), route.num_steps  # type: ignore[return-value]
+    # Rounded: the last bits of a sum depend on the processor, the table must not.
+    time_s, busiest_s = (float(f"{x:.3g}") for x in (busiest.sum(), overall.max()))
+    return time_s, busiest_s, float(f"{weight.sum():.9g}"), route.num_steps
 
 
 def _one_way(needed: Sequence[Needed], ring: _Ring, *, step: int) -> list[_Leg]:
