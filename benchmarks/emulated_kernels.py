@@ -26,7 +26,7 @@ _BACKWARD_FACTOR = 2.5
 
 @dataclass(frozen=True)
 class EmulatedKernels:
-    """The three functions of `ops/pair_attention.py`, on a device of `flops` FLOP/s."""
+    """The functions of `ops/pair_attention.py`, on a device of `flops` FLOP/s."""
 
     flops: float
 
@@ -37,6 +37,7 @@ class EmulatedKernels:
             pair_attention,
             attend_pair=self.attend_pair,
             attend_pair_=self.attend_pair_,
+            differentiate_pair=self.differentiate_pair,
             differentiate_pair_=self.differentiate_pair_,
         ):
             yield
@@ -70,6 +71,22 @@ class EmulatedKernels:
     ) -> None:
         """Leave the accumulators as they are."""
         time.sleep(self.seconds(q, slices))
+
+    def differentiate_pair(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        out: Tensor,
+        lse: Tensor,
+        slices: Sequence[PairSlice],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Zeros."""
+        time.sleep(self.seconds(q, slices, factor=_BACKWARD_FACTOR))
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
     def differentiate_pair_(
         self,

@@ -51,7 +51,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "<!-- Written by docs/generate.py from ringctx/config.py. -->",
+        "<!-- Written by docs/generate.py from ringctx/config/. -->",
         "",
         "One YAML file holds these sections; `section.key=value` on the command line overrides it.",
         "Sizes are tokens and may be written `128k` or `0.5M` (powers of 1024). Off is `null`.",
@@ -150,11 +150,12 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 
 def _field_texts(module: ModuleType) -> dict[str, dict[str, str]]:
-    """The string under each field of each dataclass of a module."""
+    """The string under each field of each dataclass of a module, or of a package's modules."""
     assert module.__file__ is not None
-    tree = ast.parse(Path(module.__file__).read_text())
+    path = Path(module.__file__)
+    paths = sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
     texts: dict[str, dict[str, str]] = defaultdict(dict)
-    for node in tree.body:
+    for node in (node for path in paths for node in ast.parse(path.read_text()).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, below in zip(node.body, node.body[1:], strict=False):

@@ -18,13 +18,13 @@ head dim.
 
 import zlib
 from collections.abc import Iterable
-from typing import TypedDict, get_args
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ringctx.config import Schedule, TopologyConfig
+from ringctx.config import TopologyConfig
 from ringctx.errors import LayoutError
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.parallel import comm
@@ -33,6 +33,7 @@ from ringctx.parallel.layout import check_layout, positions, shard, unshard
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.padding import pad_cu_seqlens, pad_to_layout, padded_len, unpad
 from ringctx.parallel.ring_attention import ring_attention, wiring_of
+from ringctx.parallel.ways import check_schedule
 
 __all__ = ["ContextParallel", "SharedSequence", "next_tokens", "scale_loss"]
 
@@ -70,9 +71,7 @@ class ContextParallel:
         check_layout(layout)
         self.group = group
         self.rank, self.world_size = comm.group_rank(group), comm.group_size(group)
-        if schedule not in get_args(Schedule):
-            known = ", ".join(get_args(Schedule))
-            raise LayoutError(f"schedule={schedule!r} is not known; choose one of {known}")
+        check_schedule(schedule)
         wiring_of(group, topology)
         self.layout, self.schedule, self.topology = layout, schedule, topology
 

@@ -18,16 +18,16 @@ Source: USP, Fang and Zhao 2024 (arXiv 2405.07719); LoongTrain, Gu et al. 2024 (
 Shapes: B batch, T local tokens, H heads, Hkv key/value heads, D head dim.
 """
 
-from typing import get_args
-
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ringctx.config import Layout, Schedule, TopologyConfig
 from ringctx.errors import LayoutError
+from ringctx.parallel.mask import MaskSettings
 from ringctx.parallel.mesh import ContextMesh
 from ringctx.parallel.ring_attention import ring_attention, wiring_of
-from ringctx.parallel.ulysses import Input, MaskSettings, attend_by_heads
+from ringctx.parallel.ulysses import Input, attend_by_heads
+from ringctx.parallel.ways import check_schedule
 
 __all__ = ["context_attention"]
 
@@ -83,7 +83,7 @@ def context_attention(
         _check_mesh(mesh, layout=layout, schedule=schedule)
         # Raises where the nodes of a topology do not fit the ring.
         wiring_of(mesh.ring_group, topology)
-        mask.check(seq_len)
+        mask.checked(seq_len)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return ring_attention(
@@ -120,9 +120,7 @@ def context_attention(
 
 def _check_mesh(mesh: ContextMesh, *, layout: str, schedule: str) -> None:
     """Raise LayoutError unless the schedule is known and the mesh was made for the layout."""
-    if schedule not in get_args(Schedule):
-        known = ", ".join(get_args(Schedule))
-        raise LayoutError(f"schedule={schedule!r} is not known; choose one of {known}")
+    check_schedule(schedule)
     both = mesh.ulysses_degree > 1 and mesh.ring_degree > 1
     if both and (layout == "striped") != (mesh.layout == "striped"):
         raise LayoutError(

@@ -36,7 +36,6 @@ __all__ = [
     "bytes_between",
     "choose",
     "pass_cost",
-    "prices",
     "route_of_pass",
 ]
 
@@ -138,25 +137,6 @@ def choose(*, shape: Shape, sharding: Sharding, mask: Mask, wiring: Wiring) -> C
     return Choice(
         forward=first.schedule, backward=second.schedule, why="; ".join(reasons), case=case
     )
-
-
-def prices(
-    *, backward: bool, shape: Shape, sharding: Sharding, mask: Mask, wiring: Wiring
-) -> tuple[PassCost, ...]:
-    """The price of every schedule in one pass, in the order of SCHEDULES.
-
-    Args:
-        backward: which of the two passes.
-        shape: what a token weighs.
-        sharding: the sequence and its layout.
-        mask: who sees whom.
-        wiring: the links between the ranks.
-
-    Returns:
-        On one rank, where all schedules are the same: only one_way.
-    """
-    case = _Case(shape=shape, sharding=sharding, mask=mask, wiring=wiring)
-    return case.prices(backward=backward)
 
 
 def _cheapest(case: _Case, *, backward: bool) -> PassCost:

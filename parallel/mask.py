@@ -30,7 +30,7 @@ from ringctx.ops.pair_attention import PairSlice
 from ringctx.parallel.layout import Piece, Run, Sharding
 from ringctx.parallel.mask_slices import Rectangle, cut, joined
 
-__all__ = ["Mask", "pair_slices"]
+__all__ = ["Mask", "MaskSettings", "pair_slices"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,20 @@ class Mask:
     def __hash__(self) -> int:
         """Worked out once: masks of thousands of documents are looked up for every piece."""
         return self._hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSettings:
+    """The arguments that make a mask, before the length of the sequence is known."""
+
+    causal: bool
+    window: int | None
+    sinks: int
+    cu_seqlens: Tensor | None
+
+    def checked(self, seq_len: int) -> Mask:
+        """The mask of a sequence of this length; LayoutError if they do not fit it."""
+        return Mask.checked(**vars(self), seq_len=seq_len)
 
 
 def pair_slices(mask: Mask, sharding: Sharding, *, q: Piece, k: Piece) -> tuple[PairSlice, ...]:

@@ -161,14 +161,20 @@ class _Pass:
         per_row = self._wide + self._lse
         if self.backward:
             per_row = self._wide + 2 * self._wide // self.shape.heads * self.shape.kv_heads
-            # Zeros that autograd makes for the lse, which has no gradient; and delta.
-            per_row += self._lse * (2 if self.route.travels == "q" else 1)
+            # delta
+            per_row += self._lse if self.route.travels == "q" else 0
         return per_row * self.sharding.local_len
+
+    def _only_kernels(self) -> bool:
+        """Whether nothing is summed up: one rank, and in backward one slice."""
+        if self.sharding.world_size > 1:
+            return False
+        own = self.sharding.shard(0)
+        return not self.backward or len(pair_slices(self.mask, self.sharding, q=own, k=own)) == 1
 
     def at_the_end(self) -> int:
         """The sums, and what they are rounded to."""
-        alone = self.sharding.world_size == 1 and not self.backward
-        if not self._narrow or alone:
+        if not self._narrow or self._only_kernels():
             # What a kernel returned is what goes out, or `at_work` counts it.
             return 0
         per_row = self._q + 2 * self._k if self.backward else self._q
@@ -184,8 +190,7 @@ class _Pass:
             change += np.bincount(row + first, weight, len(change)).astype(np.int64)
             change -= np.bincount(row + last + 1, weight, len(change)).astype(np.int64)
         held: Ints = change.reshape(ranks, steps + 1).cumsum(axis=1)[:, :-1]
-        alone = ranks == 1 and not self.backward
-        return held.ravel() + (0 if alone else self._sums())
+        return held.ravel() + (0 if self._only_kernels() else self._sums())
 
     def _rows(self, hops: Hops) -> Ints:
         lengths = [chain.piece.length for chain in self.route.chains]

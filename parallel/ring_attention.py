@@ -12,7 +12,7 @@ Shapes: B batch, T local tokens, H heads, Hkv key/value heads, D head dim.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -20,17 +20,18 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from ringctx.config import Schedule, TopologyConfig
+from ringctx.config import TopologyConfig
 from ringctx.errors import LayoutError
 from ringctx.ops.block_attention import check_heads
 from ringctx.parallel import comm, ring_pass
 from ringctx.parallel.argument_check import agreed_arguments
 from ringctx.parallel.cost import choose, route_of_pass
 from ringctx.parallel.layout import Sharding
-from ringctx.parallel.mask import Mask
+from ringctx.parallel.mask import MaskSettings
 from ringctx.parallel.routes import Route
 from ringctx.parallel.topology import Wiring, wire_up
 from ringctx.parallel.traffic import Shape
+from ringctx.parallel.ways import check_schedule
 
 __all__ = ["PassPlan", "RingAttention", "ring_attention", "wiring_of"]
 
@@ -116,16 +117,14 @@ def ring_attention(
     Raises:
         LayoutError: if inputs, layout, mask and group do not fit together; before any transfer.
     """
+    given = MaskSettings(causal=causal, window=window, sinks=sinks, cu_seqlens=cu_seqlens)
     with agreed_arguments(
         group,
         q=q,
         k=k,
         v=v,
         layout=layout,
-        causal=causal,
-        window=window,
-        sinks=sinks,
-        cu_seqlens=cu_seqlens,
+        **vars(given),
         schedule=schedule,
         topology=topology,
         scale=scale,
@@ -136,18 +135,10 @@ def ring_attention(
         _check_scale(scale)
         if q.shape[1] != k.shape[1]:
             raise LayoutError(f"q holds {q.shape[1]:,} local tokens and k, v {k.shape[1]:,}")
-        if schedule not in get_args(Schedule):
-            known = ", ".join(get_args(Schedule))
-            raise LayoutError(f"schedule={schedule!r} is not known; choose one of {known}")
+        check_schedule(schedule)
         world_size = comm.group_size(group)
         sharding = Sharding(q.shape[1] * world_size, world_size, layout)
-        mask = Mask.checked(
-            causal=causal,
-            window=window,
-            sinks=sinks,
-            cu_seqlens=cu_seqlens,
-            seq_len=sharding.seq_len,
-        )
+        mask = given.checked(sharding.seq_len)
         wiring = wiring_of(group, topology)
     (batch, _, heads, head_dim), kv_heads = q.shape, k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
@@ -219,6 +210,8 @@ class RingAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.ledger = plan, comm.current_ledger()
         ctx.mark_non_differentiable(lse)
+        # Nobody needs zeros for the gradient of lse.
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod

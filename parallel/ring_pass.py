@@ -11,9 +11,7 @@ Price: `traffic.py`; how pieces move: `travel.py`.
 Shapes: B batch, T local tokens, H heads, Hkv key/value heads, D head dim.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,46 +25,7 @@ from ringctx.parallel.mask import Mask, pair_slices
 from ringctx.parallel.routes import Route
 from ringctx.parallel.travel import Tensors, Visits, rows_like, travel
 
-__all__ = ["PairKernels", "Place", "backward", "forward"]
-
-
-class PairKernels(Protocol):
-    """What attends one pair of pieces; see `ops/pair_attention.py`."""
-
-    def attend_pair(
-        self, q: Tensor, k: Tensor, v: Tensor, slices: Sequence[PairSlice], *, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Fresh (out, lse)."""
-
-    def attend_pair_(
-        self,
-        out: Tensor,
-        lse: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slices: Sequence[PairSlice],
-        *,
-        scale: float,
-    ) -> None:
-        """Merge into (out, lse)."""
-
-    def differentiate_pair_(
-        self,
-        grad_q: Tensor,
-        grad_k: Tensor,
-        grad_v: Tensor,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        out: Tensor,
-        lse: Tensor,
-        slices: Sequence[PairSlice],
-        scale: float,
-    ) -> None:
-        """Add this pair's share to the gradients."""
+__all__ = ["Place", "backward", "forward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +36,6 @@ class Place:
     sharding: Sharding
     mask: Mask
     scale: float
-    kernels: PairKernels = pair_attention
 
     @property
     def rank(self) -> int:
@@ -111,7 +69,7 @@ def forward(
         place: this rank's.
         route: of this pass, the same on all ranks.
     """
-    kernels, own, scale = place.kernels, place.own, place.scale
+    own, scale = place.own, place.scale
     out, lse = q.new_empty(0), q.new_empty(0)
 
     # A sum that is carried along keeps its precision; one part alone is as its kernel left it.
@@ -119,19 +77,19 @@ def forward(
 
     def attend_own() -> None:
         nonlocal out, lse
-        out, lse = kernels.attend_pair(q, k, v, place.slices(q=own, k=own), scale=scale)
+        out, lse = pair_attention.attend_pair(q, k, v, place.slices(q=own, k=own), scale=scale)
         if place.sharding.world_size > 1:
             out = out.to(place.wide(q.dtype))
 
     def attend_keys(piece: Piece, guest: Tensors) -> None:
         keys, values = guest
         slices = place.slices(q=own, k=piece)
-        kernels.attend_pair_(out, lse, q, keys, values, slices, scale=scale)
+        pair_attention.attend_pair_(out, lse, q, keys, values, slices, scale=scale)
 
     def attend_queries(piece: Piece, guest: Tensors) -> Tensors:
         (queries,) = guest
         slices = place.slices(q=piece, k=own)
-        part_out, part_lse = kernels.attend_pair(queries, k, v, slices, scale=scale)
+        part_out, part_lse = pair_attention.attend_pair(queries, k, v, slices, scale=scale)
         return part_out.to(part_dtype).contiguous(), part_lse.contiguous()
 
     def empty(piece: Piece) -> Tensors:
@@ -177,14 +135,17 @@ def backward(
         place: this rank's.
         route: of this pass, the same on all ranks.
     """
-    differentiate, own, scale = place.kernels.differentiate_pair_, place.own, place.scale
+    differentiate, own, scale = pair_attention.differentiate_pair_, place.own, place.scale
     wide = torch.promote_types(q.dtype, torch.float32)
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    grad_q = grad_k = grad_v = q.new_empty(0)
 
     def attend_own() -> None:
-        slices = place.slices(q=own, k=own)
-        grads, inputs = (grad_q, grad_k, grad_v), (grad_out, q, k, v)
-        differentiate(*grads, *inputs, out=out, lse=lse, slices=slices, scale=scale)
+        nonlocal grad_q, grad_k, grad_v
+        slices, inputs = place.slices(q=own, k=own), (grad_out, q, k, v)
+        grads = pair_attention.differentiate_pair(
+            *inputs, out=out, lse=lse, slices=slices, scale=scale
+        )
+        grad_q, grad_k, grad_v = (grad.to(place.wide(grad.dtype)) for grad in grads)
 
     def attend_keys(piece: Piece, guest: Tensors) -> Tensors:
         shares = tuple(torch.zeros_like(x, dtype=wide) for x in guest)

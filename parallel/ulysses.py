@@ -19,7 +19,6 @@ Shapes: B batch, T local tokens, P ranks, H heads, Hkv key/value heads, D head d
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -30,10 +29,10 @@ from ringctx.parallel import comm
 from ringctx.parallel.argument_check import agreed_arguments
 from ringctx.parallel.head_exchange import Departed, Route, arrive, depart, key_heads, query_heads
 from ringctx.parallel.layout import Sharding, local_len
-from ringctx.parallel.mask import Mask
+from ringctx.parallel.mask import MaskSettings
 from ringctx.parallel.ring_attention import ring_attention
 
-__all__ = ["Input", "MaskSettings", "attend_by_heads", "ulysses_attention"]
+__all__ = ["Input", "attend_by_heads", "ulysses_attention"]
 
 Input = Tensor | Callable[[], Tensor]
 """A tensor, or what makes it: called when the transfer of the tensor before has started."""
@@ -101,23 +100,9 @@ def ulysses_attention(
         ulysses_group=group,
         layout=layout,
         settings={**vars(mask), "scale": scale},
-        check=mask.check,
+        check=mask.checked,
         attend=attend,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskSettings:
-    """The arguments that make a mask, before the length of the sequence is known."""
-
-    causal: bool
-    window: int | None
-    sinks: int
-    cu_seqlens: Tensor | None
-
-    def check(self, seq_len: int) -> None:
-        """Raise LayoutError unless they fit a sequence of this length."""
-        Mask.checked(**vars(self), seq_len=seq_len)
 
 
 def attend_by_heads(
@@ -127,7 +112,7 @@ def attend_by_heads(
     ulysses_group: comm.Group,
     layout: str,
     settings: Mapping[str, object],
-    check: Callable[[int], None],
+    check: Callable[[int], object],
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Bring q, k and v to shards of heads, attend, and bring the result back to shards of tokens.

@@ -15,25 +15,34 @@ are tried, and the one that loads the busiest link least is kept (then: fewest b
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import get_args
 
 import numpy as np
 
+from ringctx.config import Schedule
+from ringctx.errors import LayoutError
 from ringctx.parallel.layout import Piece, Sharding
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.need import Needed, Travels, needed_pieces
 from ringctx.parallel.routes import Chain, Returns, Route, Star
-from ringctx.parallel.topology import Ints, Wiring
+from ringctx.parallel.topology import Wiring
 
-__all__ = ["build_route", "travels_in"]
+__all__ = ["build_route", "check_schedule", "travels_in"]
 
 # all_gather: ranks that a rank hears from at once, and parts that a piece is sent in, so that the
 # first is attended while the second travels.
 _PEERS_AT_ONCE = 8
 _PARTS = 2
 _SHORTEST_PART = 128
-# Up to this many ranks the rules are tried that look at every user; more gain too little by them.
+# Up to this many ranks the rule is tried that looks at every user; more gain too little by it.
 _FEW_RANKS = 16
-_SWEEPS = 3
+
+
+def check_schedule(schedule: str) -> None:
+    """Raise LayoutError unless it is a schedule or "auto"."""
+    if schedule not in get_args(Schedule):
+        known = ", ".join(get_args(Schedule))
+        raise LayoutError(f"schedule={schedule!r} is not known; choose one of {known}")
 
 
 def travels_in(schedule: str) -> Travels:
@@ -69,15 +78,6 @@ class _Ring:
     def hops_to_nearest_side(self, piece: Piece, users: frozenset[int]) -> int:
         """Hops to the farthest of the users, in the direction in which that is nearer."""
         return min(self.reach(piece.owner, users, step) for step in (1, -1))
-
-    def load(self, legs: Sequence[_Leg]) -> Ints:
-        """Rows that each wire carries: `[0, i]` up from rank i, `[1, i]` down from it."""
-        load = np.zeros((2, self.size), dtype=np.int64)
-        for leg in legs:
-            hops = np.arange(self.reach(leg.piece.owner, leg.users, leg.step))
-            passed = (leg.piece.owner + leg.step * hops) % self.size
-            load[0 if leg.step == 1 else 1, passed] += leg.piece.length
-        return load
 
     def chain(self, leg: _Leg) -> Chain:
         owner = leg.piece.owner
@@ -191,7 +191,7 @@ def _rules(needed: Sequence[Needed], ring: _Ring) -> list[_Rule]:
         return [_shorter]
     rules: list[_Rule] = [_front_up_back_down, _half_each_way, _shorter]
     if ring.size <= _FEW_RANKS:
-        rules += [_nearest, _balanced]
+        rules.append(_nearest)
     return rules
 
 
@@ -255,40 +255,6 @@ def _shorter(needed: Sequence[Needed], ring: _Ring, _: Sharding) -> list[_Leg]:
             _Leg(piece, users, 1 if up <= down else -1, goes_on=2 * min(up, down) > ring.size)
         )
     return legs
-
-
-def _balanced(needed: Sequence[Needed], ring: _Ring, _: Sharding) -> list[_Leg]:
-    """Part by part, the way that evens out the links best; then once more for each."""
-    parts = [(part, users) for piece, users in _each(needed) for part in _halves(piece)]
-    parts.sort(key=lambda item: -item[0].length * len(item[1]))
-    options = [[(legs, ring.load(legs)) for legs in _splits(*item, ring)] for item in parts]
-    chosen = [0] * len(parts)
-    load = np.zeros((2, ring.size), dtype=np.int64)
-    for sweep in range(_SWEEPS):
-        for i, ways in enumerate(options):
-            if sweep:
-                load -= ways[chosen[i]][1]
-            # The busiest link first, then the next: in integers, the same on every processor.
-            rates = [sorted((load + adds).ravel().tolist(), reverse=True) for _, adds in ways]
-            chosen[i] = rates.index(min(rates))
-            load = load + ways[chosen[i]][1]
-    return [leg for i, ways in enumerate(options) for leg in ways[chosen[i]][0]]
-
-
-def _splits(part: Piece, users: frozenset[int], ring: _Ring) -> list[list[_Leg]]:
-    """Every way to serve some users by going up and the others by going down."""
-    away = sorted((user - part.owner) % ring.size for user in users)
-    options = []
-    for split in range(len(away) + 1):
-        sides = [(away[:split], 1), (away[split:], -1)]
-        options.append(
-            [
-                _Leg(part, frozenset((part.owner + hop) % ring.size for hop in some), step, False)
-                for some, step in sides
-                if some
-            ]
-        )
-    return options
 
 
 def _cut(piece: Piece, row: int) -> list[Piece]:

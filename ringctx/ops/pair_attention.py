@@ -25,7 +25,13 @@ from torch import Tensor
 from ringctx.ops.block_attention import BlockMask, block_backward, block_forward
 from ringctx.ops.lse import merge_
 
-__all__ = ["PairSlice", "attend_pair", "attend_pair_", "differentiate_pair_"]
+__all__ = [
+    "PairSlice",
+    "attend_pair",
+    "attend_pair_",
+    "differentiate_pair",
+    "differentiate_pair_",
+]
 
 # Batch of one CUDA launch: tiles are a dimension of its grid.
 _MOST_TILES = 65_535
@@ -157,6 +163,36 @@ def attend_pair_(
         results = (x.unflatten(0, (q.shape[0], -1)) for x in (tile_out, tile_lse))
         for batch_row in zip(*(x.unbind() for x in (*places, *results)), strict=True):
             merge_(*batch_row)
+
+
+def differentiate_pair(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out: Tensor,
+    lse: Tensor,
+    slices: Sequence[PairSlice],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A pair's share of the gradients; arguments as for `differentiate_pair_`.
+
+    Returns:
+        Gradients of q, k and v, in fp32 (fp64 for fp64). If one slice is all there is and it covers
+        every query and key, they are the kernel's own result, in the dtype of q.
+    """
+    inputs = (grad_out, q, k, v)
+    if len(slices) == 1 and slices[0].count == 1:
+        part = slices[0]
+        if (part.q_len, part.k_len) == (q.shape[1], k.shape[1]):
+            return block_backward(*inputs, out=out, lse=lse, mask=part.kind, scale=scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    differentiate_pair_(
+        grad_q, grad_k, grad_v, *inputs, out=out, lse=lse, slices=slices, scale=scale
+    )
+    return grad_q, grad_k, grad_v
 
 
 def differentiate_pair_(

@@ -8,7 +8,7 @@ import torch
 
 from ringctx.config import TopologyConfig
 from ringctx.launch.cli import main
-from ringctx.parallel.cost import SCHEDULES, choose, prices
+from ringctx.parallel.cost import SCHEDULES, choose
 from ringctx.parallel.layout import Sharding
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.topology import wire_up
@@ -107,15 +107,14 @@ def test_documents_hide_pairs_and_spare_links(capsys: pytest.CaptureFixture[str]
 def test_the_last_document_is_as_long_as_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     told = planned("plan attention --seq-len 40 --heads 2 --ranks 2 --documents 17", capsys)
     borders = (0, 17, 34, 40)
-    costs = prices(
-        backward=True,
+    choice = choose(
         shape=Shape(heads=2, kv_heads=2, head_dim=128),
         sharding=Sharding(40, 2, "zigzag"),
         mask=Mask(cu_seqlens=borders),
         wiring=wire_up(None, ranks=(0, 1), world_size=2),
     )
     rows = told["passes"]["backward"]
-    assert [row["compute_s"] for row in rows] == [cost.compute_s for cost in costs]
+    assert [row["compute_s"] for row in rows] == [cost.compute_s for cost in choice.backward_costs]
 
 
 @pytest.mark.parametrize("topology", ["cables", "switch"])

@@ -6,7 +6,7 @@ import pytest
 
 from ringctx.config import TopologyConfig
 from ringctx.parallel import cost
-from ringctx.parallel.cost import SCHEDULES, Choice, PassCost, choose, prices
+from ringctx.parallel.cost import SCHEDULES, Choice, PassCost, choose, pass_cost
 from ringctx.parallel.layout import Sharding
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.topology import Wiring, wire_up
@@ -67,12 +67,16 @@ def test_all_prices_are_there_for_who_asks() -> None:
     choice = chosen(GQA, 1 << 18, "cables", Mask())
     for backward, costs in ((False, choice.forward_costs), (True, choice.backward_costs)):
         assert [c.schedule for c in costs] == list(SCHEDULES)
-        assert costs == prices(
-            backward=backward,
-            shape=GQA,
-            sharding=Sharding(8 << 18, 8, "zigzag"),
-            mask=Mask(),
-            wiring=wired("cables", 8),
+        assert costs == tuple(
+            pass_cost(
+                schedule,
+                backward=backward,
+                shape=GQA,
+                sharding=Sharding(8 << 18, 8, "zigzag"),
+                mask=Mask(),
+                wiring=wired("cables", 8),
+            )
+            for schedule in SCHEDULES
         )
 
 

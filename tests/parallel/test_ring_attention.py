@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringctx.errors import LayoutError
-from ringctx.ops.block_attention import block_forward
+from ringctx.ops.block_attention import block_backward, block_forward
 from ringctx.parallel import ring_attention
 from ringctx.parallel.comm import (
     Group,
@@ -40,11 +40,18 @@ def test_tiles_larger_than_any_kernel_s_match_the_oracle() -> None:
 
 
 def test_one_rank_is_bit_equal_to_flash() -> None:
-    q, k, v, _ = Case(world_size=1, dtype=torch.bfloat16, tokens=20).whole_inputs()
-    out, lse = ring_attention(q, k, v, group=SoloGroup(), return_lse=True)
-    flash_out, flash_lse = block_forward(q, k, v, mask="causal", scale=q.shape[3] ** -0.5)
+    *qkv, grad_out = Case(world_size=1, dtype=torch.bfloat16, tokens=20).whole_inputs()
+    inputs, scale = [x.requires_grad_() for x in qkv], qkv[0].shape[3] ** -0.5
+    out, lse = ring_attention(*inputs, group=SoloGroup(), return_lse=True)
+    grads = torch.autograd.grad(out, inputs, grad_out)
+    with torch.no_grad():
+        flash_out, flash_lse = block_forward(*qkv, mask="causal", scale=scale)
+        flash_grads = block_backward(
+            grad_out, *qkv, out=flash_out, lse=flash_lse, mask="causal", scale=scale
+        )
     assert torch.equal(out, flash_out)
     assert torch.equal(lse, flash_lse)
+    assert all(torch.equal(x, y) for x, y in zip(grads, flash_grads, strict=True))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

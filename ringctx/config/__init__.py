@@ -1,0 +1,35 @@
+"""The whole run as one tree of frozen dataclasses; the YAML file mirrors it.
+
+Sizes are tokens. Off is null. Each section checks what it can know by itself when it is made;
+what depends on the dataset or the number of ranks is checked where that is known.
+`ringctx.config_file` reads and writes the YAML.
+"""
+
+from ringctx.config.data import CurriculumConfig, DataConfig
+from ringctx.config.model import MIXERS, ModelConfig
+from ringctx.config.parallel import (
+    Layout,
+    ParallelConfig,
+    Schedule,
+    TopologyConfig,
+    TopologyKind,
+)
+from ringctx.config.run import Config
+from ringctx.config.training import CheckpointConfig, OptimConfig, TrackingConfig, TrainConfig
+
+__all__ = [
+    "MIXERS",
+    "CheckpointConfig",
+    "Config",
+    "CurriculumConfig",
+    "DataConfig",
+    "Layout",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Schedule",
+    "TopologyConfig",
+    "TopologyKind",
+    "TrackingConfig",
+    "TrainConfig",
+]
