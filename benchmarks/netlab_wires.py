@@ -6,6 +6,7 @@ what leaves there, so that every link has a rate of its own in each direction. N
 
 What the kernel needs to be told:
 - reno: bbr and cubic lose a fifth when both directions of a shaped link are full;
+- no slow start after idle: it cost a window's short exchange a third of its time;
 - one address a host on a device of its own (a veth pair as a stand-in for a dummy) where it has
   several wires, since gloo is given one interface;
 - a small burst: what passes unshaped at first must not count.
@@ -34,6 +35,8 @@ SWITCH = -1
 _PREFIX = "ringctx-"
 _SYSCTLS = (
     "net.ipv4.tcp_congestion_control=reno",
+    # A wire does not slow down because nobody used it for a while; a connection would.
+    "net.ipv4.tcp_slow_start_after_idle=0",
     # What one connection learned about a path must not slow the next one.
     "net.ipv4.tcp_no_metrics_save=1",
     "net.ipv4.ip_forward=1",
