@@ -91,7 +91,7 @@ class MixedPool:
         # Entry i of the argsort is where row i of the parts, source by source, belongs.
         place = np.empty(count, np.int64)
         place[np.argsort(order, kind="stable")] = np.arange(count)
-        return _join(parts).take(place)
+        return Rows.join(parts).take(place)
 
 
 def share_period(weights: Sequence[float]) -> tuple[int, ...]:
@@ -177,12 +177,3 @@ def _walk(
         counts[stretch, chosen] += 1
         sources[row] = chosen
     return counts, sources
-
-
-def _join(parts: Sequence[Rows]) -> Rows:
-    """Rows of several pools one after another."""
-    sizes = np.concatenate([np.diff(part.offsets) for part in parts])
-    return Rows(
-        np.concatenate([part.pieces for part in parts]),
-        np.concatenate([[0], np.cumsum(sizes)]),
-    )

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from ringctx.config import CurriculumConfig
 from ringctx.config_file import build_section
-from ringctx.data.buckets import Supply, make_supply
 from ringctx.data.curriculum import Origin, Schedule, find_folded
 from ringctx.data.documents import Documents
 from ringctx.data.manifest import new_hash
@@ -26,6 +25,7 @@ from ringctx.data.stages import StageSchedule
 from ringctx.data.state import PlanState
 from ringctx.data.steps import Step, count_targets
 from ringctx.data.summary import PlanSummary, summarise
+from ringctx.data.supply import make_supply
 from ringctx.errors import ConfigError
 
 __all__ = ["Plan"]
@@ -104,7 +104,7 @@ class Plan:
         takes, consumed = self._schedule.takes(step), self._schedule.consumed(step)
         bucket = self._supply.buckets[self._schedule.bucket(step)]
         parts = [
-            other.pool.rows(consumed[number], takes[number]).cut(bucket.row_len)
+            other.pool.rows(consumed[number], takes[number]).cut(other.row_len, into=bucket.row_len)
             for number, other in enumerate(self._supply.buckets)
             if takes[number]
         ]

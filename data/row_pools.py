@@ -10,6 +10,7 @@ last epoch only; then well under a microsecond a row or segment.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,28 @@ class Rows:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.offsets) - 1
+
+    @classmethod
+    def join(cls, parts: Sequence["Rows"]) -> "Rows":
+        """All rows of the parts, one after another."""
+        sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+        pieces = np.concatenate([part.pieces for part in parts])
+        return cls(pieces, np.concatenate([[0], np.cumsum(sizes)]))
+
+    def is_single(self, row_len: int) -> bool:
+        """Whether every row is one piece of this length."""
+        return len(self.pieces) == len(self) and bool((self.pieces[:, 2] == row_len).all())
+
+    def cut(self, length: int, *, into: int) -> "Rows":
+        """Rows of one piece of `length` each as shorter rows, in order; `into` divides it."""
+        if length == into:
+            return self
+        assert self.is_single(length), (length, into)
+        starts = np.arange(0, length, into)
+        pieces = np.repeat(self.pieces, len(starts), axis=0)
+        pieces[:, 1] += np.tile(starts, len(self))
+        pieces[:, 2] = into
+        return Rows(pieces, np.arange(len(pieces) + 1))
 
     def take(self, rows: NDArray[np.int64]) -> "Rows":
         """Some of the rows, in the order named; a row may be named more than once."""
@@ -112,6 +135,7 @@ class PiecePool:
         seed: int,
         source: int = 0,
         pieces_per_row: int = 1,
+        start: int = 0,
     ) -> None:
         """Pool the pieces of a bucket.
 
@@ -121,8 +145,10 @@ class PiecePool:
             seed: of the run.
             source: number of the source whose documents these are.
             pieces_per_row: how many pieces fill a row.
+            start: pieces, through all epochs, before row 0.
         """
         self._bucket, self._lengths, self._per_row = bucket, lengths, pieces_per_row
+        self._start = start
         self._order = EpochOrder(len(bucket), seed=seed, bucket_len=bucket.length, source=source)
 
     @property
@@ -132,11 +158,13 @@ class PiecePool:
 
     def available(self, epochs: float) -> int:
         """How many rows come before any piece is used more than `epochs` times."""
-        return math.floor(epochs * len(self._bucket)) // self._per_row
+        pieces = math.floor(epochs * len(self._bucket)) - self._start
+        return max(pieces, 0) // self._per_row
 
     def rows(self, first: int, count: int) -> Rows:
         """Rows first, first + 1, ..., counted through all epochs."""
-        chosen = self._order.take(first * self._per_row, count * self._per_row)
+        begin = self._start + first * self._per_row
+        chosen = self._order.take(begin, count * self._per_row)
         pieces = np.empty((len(chosen), 3), np.int64)
         pieces[:, :2] = self._bucket.locate(chosen, self._lengths)
         pieces[:, 2] = self._bucket.length

@@ -1,7 +1,7 @@
 """Which stage is trained at which step: one after the other, each over rows of its own length.
 
-The counterpart of Algorithm 1 (`curriculum.py`) for plans whose order is given: GrowLength, ProLong,
-a growing window, plain packing. A stage's rows are fixed when the plan is made, so another
+The counterpart of Algorithm 1 (`curriculum.py`) for plans whose order is given: GrowLength and
+ProLong, a growing window, plain packing. A stage's rows are fixed when the plan is made, so another
 tokens_per_step on the way changes where steps begin, never what is trained.
 Price: one byte a step.
 Source: GrowLength (arXiv 2310.00576); ProLong (arXiv 2410.02660).
@@ -39,9 +39,7 @@ class StageSchedule:
         left = [n - taken for n, taken in zip(rows, origin.consumed, strict=True)]
         self._steps = [max(0, n) // each for n, each in zip(left, rows_per_step, strict=True)]
         self._first = [0, *accumulate(self._steps)]
-        self.order: NDArray[np.uint8] = np.repeat(
-            np.arange(len(rows), dtype=np.uint8), self._steps
-        )
+        self.order: NDArray[np.uint8] = np.repeat(np.arange(len(rows), dtype=np.uint8), self._steps)
         """uint8 `[steps]`: the stage of every step."""
 
     @property

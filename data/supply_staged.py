@@ -2,7 +2,7 @@
 
 Plain packing and a growing window are plans of one stage. Within a source, a stage goes on in the
 stream of documents where the one before it stopped, wherever in a document that is; how many tokens
-each stage has is settled here, in tokens, so that no later change of tokens_per_step moves a border.
+each stage has is settled here, so that no later change of tokens_per_step moves a border.
 Price: a permutation of the documents a source; best-fit packing when asked for.
 Source: GrowLength (arXiv 2310.00576); ProLong (arXiv 2410.02660); SkyLadder (arXiv 2503.15450).
 """

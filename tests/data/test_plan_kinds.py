@@ -49,9 +49,7 @@ def documents(**changes: Any) -> MadeUpDocuments:
 
 def make_plan(kind: str, *, state: dict[str, Any] | None = None, **changes: Any) -> Plan:
     rule = {"max_dropped": 1.0} if KINDS[kind].get("kind") is None else {}
-    return Plan(
-        documents(), rule | KINDS[kind] | {"tokens_per_step": STEP} | changes, state=state
-    )
+    return Plan(documents(), rule | KINDS[kind] | {"tokens_per_step": STEP} | changes, state=state)
 
 
 def segments(step: Step) -> list[tuple[int, int, int]]:
@@ -243,9 +241,7 @@ def test_loss_bits_decide_what_is_a_target() -> None:
     plan = Plan(made, {"kind": "packed", "len": 64, "tokens_per_step": STEP})
     for t in range(0, len(plan), 5):
         step = plan.step(t)
-        expected = sum(
-            int(loss[d][s + 1 : s + n + 1].sum()) for d, s, n in segments(step)
-        )
+        expected = sum(int(loss[d][s + 1 : s + n + 1].sum()) for d, s, n in segments(step))
         assert step.num_targets == expected
 
 
