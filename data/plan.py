@@ -34,21 +34,36 @@ class Step:
 
     step: int
     bucket_len: int
-    """Tokens of each sequence."""
+    """Tokens of each row."""
     pieces: NDArray[np.int64]
-    """`[rows, 2]`: document and start of each sequence."""
+    """`[rows, 2]`: document and start of each row; packed `[pieces, 3]`: its length too."""
     num_targets: int
-    """Tokens that have a next token in their document, over all sequences."""
+    """Tokens that have a next token in their document, over all rows."""
+    row_offsets: NDArray[np.int64] | None = None
+    """Packed, `[rows + 1]`: row r is pieces[row_offsets[r] : row_offsets[r + 1]], padding where
+    they do not fill it; None: a row is one piece."""
+    doc_mask: bool = False
+    """Packed: whether tokens see only their own piece."""
+    window: int | None = None
+    """The largest attention window of any layer in this step."""
+    rope_theta: float | None = None
+    """RoPE base of this step; None: the model's."""
+    lr: float | None = None
+    """Peak learning rate of this step's stage; None: the run's."""
+    stage_steps: tuple[int, int] | None = None
+    """The stage's first step, and the one after its last; set where lr is."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows over all ranks."""
+        return len(self.pieces) if self.row_offsets is None else len(self.row_offsets) - 1
 
     def __eq__(self, other: object) -> bool:
-        """Whether both train on the same sequences in the same order."""
+        """Whether both train on the same rows in the same order, in the same way."""
         if not isinstance(other, Step):
             return NotImplemented
-        return (self.step, self.bucket_len, self.num_targets) == (
-            other.step,
-            other.bucket_len,
-            other.num_targets,
-        ) and np.array_equal(self.pieces, other.pieces)
+        mine, theirs = vars(self), vars(other)
+        return all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
 @dataclass(frozen=True)
