@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ringctx.launch import verify
 from ringctx.parallel.mesh import World
-from ringctx.trainer import accumulate_gradients
+from ringctx.train_step import accumulate_gradients
 from tests.ranks import run_ranks
 from tests.tiny import read_config, run_plan, world, write_config, write_dataset
 
@@ -81,7 +81,7 @@ def test_the_exit_code_is_1_if_and_only_if_something_differs(folder: Path) -> No
 
 def test_a_gradient_that_is_no_number_is_the_largest_difference() -> None:
     result = verify.Comparison(
-        bucket_len=16, cp_degree=1, loss=1.0, loss_alone=1.0,
+        bucket_len=16, cp_degree=1, window=None, loss=1.0, loss_alone=1.0,
         differences={"a": 0.5, "b": float("nan"), "c": 0.1},
     )  # fmt: skip
     assert result.parameter == "b"
