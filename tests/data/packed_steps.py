@@ -1,11 +1,46 @@
 """Packed steps made up for tests: documents cut into pieces, pieces put into rows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from ringctx.data.plan import Step
+
+
+class PlanByHand:
+    """What loader, trainer and verify ask of a plan, for steps that were made by hand."""
+
+    def __init__(self, *steps: Step) -> None:
+        assert [step.step for step in steps] == list(range(len(steps)))
+        self._steps = steps
+
+    @property
+    def bucket_lens(self) -> tuple[int, ...]:
+        return tuple(sorted({step.bucket_len for step in self._steps}))
+
+    def bucket_len(self, step: int) -> int:
+        return self._steps[step].bucket_len
+
+    def step(self, step: int) -> Step:
+        return self._steps[step]
+
+
+def concatenated(lengths: Sequence[int], *, rows: int, bucket_len: int, **settings: Any) -> Step:
+    """A step of documents laid end to end; half of its last row is padding."""
+    made: list[list[tuple[int, int, int]]] = [[] for _ in range(rows)]
+    room = [bucket_len] * (rows - 1) + [bucket_len // 2]
+    row = 0
+    for document, length in enumerate(lengths):
+        start = 0
+        while start < length and row < rows:
+            taken = min(room[row], length - start)
+            made[row].append((document, start, taken))
+            start, room[row] = start + taken, room[row] - taken
+            row += room[row] == 0
+    assert row == rows, "too few documents"
+    return packed_step(made, bucket_len=bucket_len, lengths=lengths, **settings)
 
 
 def packed_step(
@@ -15,7 +50,7 @@ def packed_step(
     lengths: Sequence[int],
     doc_mask: bool,
     step: int = 0,
-    window: int | None = None,
+    **settings: Any,
 ) -> Step:
     """A step of these rows; every piece is (document, start, length).
 
@@ -30,7 +65,7 @@ def packed_step(
         num_targets=sum(length for *_, length in pieces) - ends,
         row_offsets=np.cumsum([0, *map(len, rows)]),
         doc_mask=doc_mask,
-        window=window,
+        **settings,
     )
 
 

@@ -15,7 +15,7 @@ from ringctx.data.plan import Step
 from ringctx.errors import DatasetError
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.parallel.layout import LAYOUTS, positions
-from tests.data.packed_steps import packed_step, packed_steps
+from tests.data.packed_steps import PlanByHand, packed_step, packed_steps
 from tests.data.samples import STRIDE, MadeUpDocuments
 
 WORLDS = {
@@ -24,17 +24,6 @@ WORLDS = {
     "dp": st.integers(1, 3),
     "rows": st.integers(1, 3),
 }
-
-
-class OneStep:
-    """A plan of a step that was made by hand."""
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-
-    def step(self, step: int) -> Step:
-        assert step == self._step.step
-        return self._step
 
 
 class OddTargets(MadeUpDocuments):
@@ -68,7 +57,7 @@ def load(
             positions=held(step.bucket_len, cp_rank),
             joined_positions=held(step.bucket_len * rows, cp_rank),
         )
-        loader = Loader(documents, OneStep(step), shard_for=lambda _: shard)
+        loader = Loader(documents, PlanByHand(step), shard_for=lambda _: shard)
         return loader.step(step.step)
 
     return [[batches(d, c) for c in range(cp)] for d in range(dp)]
@@ -201,7 +190,7 @@ def test_a_rank_reads_its_tokens_of_a_packed_row_and_one_more_a_span(layout: str
         documents = MadeUpDocuments(lengths)
         held = positions(128, rank=rank, world_size=4, layout=layout).numpy()
         shard = RowShard(dp_rank=0, dp_degree=1, rows=1, positions=held)
-        Loader(documents, OneStep(step), shard_for=lambda _, shard=shard: shard).step(0)
+        Loader(documents, PlanByHand(step), shard_for=lambda _, shard=shard: shard).step(0)
         # A border between pieces, and one between runs, each begin a span.
         most = 32 if layout == "striped" else 4
         assert 32 < documents.tokens_read <= 32 + most
