@@ -18,8 +18,9 @@ from ringctx.tracking import StepRecord, Tracker, read_metrics
 def record(step: int, loss: float = 1.5) -> StepRecord:
     return StepRecord(
         step=step, tokens=100 * (step + 1), loss=loss, lr=1e-3, grad_norm=0.5, bucket_len=256,
-        num_sequences=4, cp_degree=1, step_time_s=0.1, tokens_per_s=1000.0, comm_exposed_s=0.0,
-        moved_bytes=0, max_memory_bytes=1,
+        num_sequences=4, num_documents=4, window=None, cp_degree=1, step_time_s=0.1,
+        tokens_per_s=1000.0, flops_per_s=1e9, mfu=None, comm_exposed_s=0.0, moved_bytes=0,
+        max_memory_bytes=1,
     )  # fmt: skip
 
 
