@@ -4,7 +4,9 @@ from ringctx.data.check import check_dataset
 from ringctx.data.documents import Dataset, open_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
 from ringctx.data.loader import Loader, Microbatch, RowShard
-from ringctx.data.plan import Plan, PlanSummary, Step
+from ringctx.data.plan import Plan
+from ringctx.data.steps import Step
+from ringctx.data.summary import PlanSummary
 
 __all__ = [
     "BuildReport",

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringctx.data.balance import visible_pairs
-from ringctx.data.plan import Step
+from ringctx.data.steps import Step
 
 __all__ = ["Line", "Runs", "Spans", "held_spans", "lay_out", "ranges", "row_costs"]
 

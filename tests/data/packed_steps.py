@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from ringctx.data.plan import Step
+from ringctx.data.steps import Step
 
 
 class PlanByHand:

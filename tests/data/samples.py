@@ -17,19 +17,39 @@ STRIDE = 2**20
 class MadeUpDocuments:
     """Documents without files; counts the tokens that are read."""
 
-    def __init__(self, lengths: Sequence[int], *, fingerprint: str = "made-up") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        fingerprint: str = "made-up",
+        sources: Sequence[int] | None = None,
+        source_names: tuple[str, ...] = (),
+        loss: Sequence[NDArray[np.bool_]] | None = None,
+    ) -> None:
         self.lengths = np.array(lengths, dtype=np.int64)
         self.fingerprint = fingerprint
         self.vocab_size = len(lengths) * STRIDE
+        self.sources = None if sources is None else np.array(sources, dtype=np.uint16)
+        self.source_names = source_names
+        self.has_loss_bits = loss is not None
+        self._loss = loss
         self.tokens_read = 0
 
-    def read(
-        self, documents: NDArray[np.int64], starts: NDArray[np.int64], length: int
+    def read_spans(
+        self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> NDArray[np.uint32]:
-        assert (starts >= 0).all() and (starts + length <= self.lengths[documents]).all()
-        self.tokens_read += len(documents) * length
-        first = documents * STRIDE + starts
-        return (first[:, None] + np.arange(length)).astype(np.uint32)
+        assert (starts >= 0).all() and (starts + lengths <= self.lengths[documents]).all()
+        self.tokens_read += int(lengths.sum())
+        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return (np.repeat(documents * STRIDE + starts, lengths) + within).astype(np.uint32)
+
+    def read_loss(
+        self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        assert self._loss is not None
+        spans = zip(documents.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+        parts = [self._loss[document][start : start + n] for document, start, n in spans]
+        return np.concatenate([np.empty(0, np.bool_), *parts])
 
 
 def write_documents(path: Path, documents: Sequence[Sequence[int]], *, shard_bytes: int) -> Path:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from ringctx.data.loader import Loader, Microbatch, RowShard
-from ringctx.data.plan import Plan, Step
+from ringctx.data.plan import Plan
+from ringctx.data.steps import Step
 from ringctx.errors import DatasetError
 from ringctx.ops.losses import IGNORE_INDEX
 from tests.data.samples import STRIDE, MadeUpDocuments

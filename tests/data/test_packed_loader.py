@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ringctx.data.loader import Loader, Microbatch, RowShard
-from ringctx.data.plan import Step
+from ringctx.data.steps import Step
 from ringctx.errors import DatasetError
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.parallel.layout import LAYOUTS, positions
