@@ -89,7 +89,8 @@ def _named(path: Path) -> str:
 def _hash_problem(path: Path, expected: str, actual: str) -> Iterator[str]:
     if actual != expected:
         yield (
-            f"{_named(path)} was changed after the build: hash {actual}, the manifest says {expected}"
+            f"{_named(path)} was changed after the build: hash {actual}, the manifest says "
+            f"{expected}"
         )
 
 
