@@ -2,6 +2,7 @@
 
 from ringctx.data.check import check_dataset
 from ringctx.data.documents import Dataset, open_dataset
+from ringctx.data.importers import ImportReport, import_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
 from ringctx.data.loader import Loader, Microbatch, RowShard
 from ringctx.data.plan import Plan
@@ -11,6 +12,7 @@ from ringctx.data.summary import PlanSummary
 __all__ = [
     "BuildReport",
     "Dataset",
+    "ImportReport",
     "Loader",
     "Microbatch",
     "Plan",
@@ -19,6 +21,7 @@ __all__ = [
     "Step",
     "build_dataset",
     "check_dataset",
+    "import_dataset",
     "open_dataset",
 ]
 
