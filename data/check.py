@@ -56,12 +56,12 @@ def shard_problems(folder: Path, manifest: Manifest, shard: int, *, full: bool) 
     tokens, offsets = folder / tokens_name(shard), folder / offsets_name(shard)
     missing = [path for path in (tokens, offsets) if not path.is_file()]
     if missing:
-        yield from (f"{path} is missing" for path in missing)
+        yield from (_missing(path) for path in missing)
         return
     size = tokens.stat().st_size
     if size != info.bytes or info.bytes != info.tokens * np.dtype(manifest.dtype).itemsize:
         yield (
-            f"{tokens} holds {size:,} bytes, but the manifest says {info.bytes:,} for "
+            f"{_named(tokens)} holds {size:,} bytes, but the manifest says {info.bytes:,} for "
             f"{info.tokens:,} tokens of {manifest.dtype}"
         )
         return
@@ -75,9 +75,23 @@ def shard_problems(folder: Path, manifest: Manifest, shard: int, *, full: bool) 
         yield from _offset_problems(offsets, documents=info.documents, tokens=info.tokens)
 
 
+def _missing(path: Path) -> str:
+    if path.is_symlink():
+        return f"{path.readlink()} is missing, which {path} links to; put it back"
+    return f"{path} is missing"
+
+
+def _named(path: Path) -> str:
+    """A file, and where its content really is if it was imported."""
+    return f"{path} (a link to {path.readlink()})" if path.is_symlink() else str(path)
+
+
 def _hash_problem(path: Path, expected: str, actual: str) -> Iterator[str]:
     if actual != expected:
-        yield f"{path} was changed after the build: hash {actual}, the manifest says {expected}"
+        yield (
+            f"{_named(path)} was changed after the build: hash {actual}, the manifest says "
+            f"{expected}"
+        )
 
 
 def _offset_problems(path: Path, *, documents: int, tokens: int) -> Iterator[str]:

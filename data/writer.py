@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +27,45 @@ from ringctx.data.manifest import (
     token_dtype,
     tokens_name,
 )
-from ringctx.data.tokenizers import Tokenizer
 from ringctx.errors import ConfigError, DatasetError
 
-__all__ = ["DatasetWriter"]
+__all__ = ["DatasetWriter", "Vocabulary"]
 
 SHARD_BYTES = 2**30
 
 logger = logging.getLogger(__name__)
 
 
+class Vocabulary(Protocol):
+    """What a manifest says of the ids; a tokenizer has it."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def hash(self) -> str:
+        """Hex name of the mapping from text to ids."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the end-of-document id included."""
+
+    @property
+    def end_id(self) -> int:
+        """The end-of-document id."""
+
+
 class DatasetWriter:
     """Context manager: `add` documents, then `finish`; without `finish` nothing remains."""
 
     def __init__(
-        self, out: str | Path, *, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES
+        self,
+        out: str | Path,
+        *,
+        tokenizer: Vocabulary,
+        shard_bytes: int = SHARD_BYTES,
+        dtype: str | None = None,
     ) -> None:
         """Prepare to write the dataset `out`, which must not exist.
 
@@ -49,6 +73,7 @@ class DatasetWriter:
             out: the dataset folder to make; missing parents are made too.
             tokenizer: gives vocabulary size, ids and names.
             shard_bytes: a new shard starts after the `add` that reaches this size.
+            dtype: of the ids on disk, as linked files have it; None: the smallest that holds all.
 
         Raises:
             ConfigError: if `out` exists.
@@ -56,7 +81,7 @@ class DatasetWriter:
         self.out = Path(out)
         self._refuse_existing()
         self._tokenizer = tokenizer
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._dtype = token_dtype(tokenizer.vocab_size) if dtype is None else np.dtype(dtype)
         self._shard_bytes = shard_bytes
         self._folder = self.out.with_name(f"{self.out.name}.tmp-{os.getpid()}")
         self._shards: list[ShardInfo] = []
@@ -106,6 +131,31 @@ class DatasetWriter:
         self._shard_size += payload.nbytes
         if self._shard_size >= self._shard_bytes:
             self._close_shard()
+
+    def link(self, tokens: Path, *, offsets: NDArray[np.int64], tokens_hash: str) -> None:
+        """Append a shard whose tokens stay where they are, behind a symbolic link.
+
+        Args:
+            tokens: absolute path of a file of raw ids in the type on disk.
+            offsets: int64 `[documents + 1]`, rising from 0 to the number of tokens.
+            tokens_hash: of the whole file.
+        """
+        self._close_shard()
+        shard = len(self._shards)
+        (self._folder / tokens_name(shard)).symlink_to(tokens)
+        path = self._folder / offsets_name(shard)
+        np.save(path, offsets)
+        _fsync(path)
+        self._shards.append(
+            ShardInfo(
+                tokens=int(offsets[-1]),
+                documents=len(offsets) - 1,
+                bytes=int(offsets[-1]) * self._dtype.itemsize,
+                tokens_hash=tokens_hash,
+                tokens_sample=hash_sample(tokens),
+                offsets_hash=hash_file(path),
+            )
+        )
 
     def finish(self, *, built_from: dict[str, Any]) -> Manifest:
         """Write the manifest and give the dataset its name.
