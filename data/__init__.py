@@ -2,6 +2,7 @@
 
 from ringctx.data.check import check_dataset
 from ringctx.data.documents import Dataset, open_dataset
+from ringctx.data.importers import ImportReport, import_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
 from ringctx.data.loader import Loader, Microbatch, RowShard
 from ringctx.data.plan import Plan, PlanSummary, Step
@@ -9,6 +10,7 @@ from ringctx.data.plan import Plan, PlanSummary, Step
 __all__ = [
     "BuildReport",
     "Dataset",
+    "ImportReport",
     "Loader",
     "Microbatch",
     "Plan",
@@ -17,6 +19,7 @@ __all__ = [
     "Step",
     "build_dataset",
     "check_dataset",
+    "import_dataset",
     "open_dataset",
 ]
 
