@@ -19,7 +19,8 @@ from ringctx.errors import DatasetError
 __all__ = ["open_olmo"]
 
 _NUMPY_MAGIC = b"\x93NUMPY"
-_LOOKED_AT = 4096
+# Enough tokens that zeros in every second place are no chance.
+_LOOKED_AT, _LEAST_LOOKED_AT = 4096, 1024
 
 
 def open_olmo(path: Path, *, dtype: TokenDtype) -> TokenFile:
@@ -45,7 +46,7 @@ def open_olmo(path: Path, *, dtype: TokenDtype) -> TokenFile:
             f"{path} is a numpy file with a header, expected raw tokens; write it again with "
             f"numpy.load(FILE).astype('{dtype}').tofile(OTHER_FILE)"
         )
-    if dtype == "uint16" and size % 4 == 0 and len(head) > 64 and _looks_wide(head):
+    if dtype == "uint16" and size % 4 == 0 and _looks_wide(head):
         raise DatasetError(
             f"{path}: every second {dtype} at its beginning is 0, so it holds uint32; "
             "import it with --dtype uint32"
@@ -58,7 +59,9 @@ def open_olmo(path: Path, *, dtype: TokenDtype) -> TokenFile:
 
 
 def _looks_wide(head: bytes) -> bool:
-    words = np.frombuffer(head[: len(head) // 4 * 4], dtype="<u2")
+    if len(head) < _LEAST_LOOKED_AT:
+        return False
+    words = np.frombuffer(head, dtype="<u2")
     return bool(words[::2].any() and not words[1::2].any())
 
 

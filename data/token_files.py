@@ -79,9 +79,9 @@ def scan_file(
         if file.borders is None:
             ends.append(find_ends(block, end_id) + start)
         if int(block.max()) >= vocab_size:
-            borders = np.concatenate(ends) if file.borders is None else file.borders
+            so_far = np.concatenate(ends) if file.borders is None else file.borders
             at = start + int(np.argmax(block >= vocab_size))
-            raise DatasetError(_unknown_id(file, tokens[at], at, borders, vocab_size))
+            raise DatasetError(_unknown_id(file, tokens[at], at, so_far, vocab_size))
         on_bytes(block.nbytes)
     borders, warnings = file.borders, file.warnings
     if borders is None:
