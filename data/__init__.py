@@ -4,6 +4,7 @@ from ringctx.data.check import check_dataset
 from ringctx.data.documents import Dataset, open_dataset
 from ringctx.data.importers import ImportReport, import_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
+from ringctx.data.joined import JoinedDataset, open_datasets
 from ringctx.data.loader import Loader, Microbatch, RowShard
 from ringctx.data.plan import Plan
 from ringctx.data.steps import Step
@@ -13,6 +14,7 @@ __all__ = [
     "BuildReport",
     "Dataset",
     "ImportReport",
+    "JoinedDataset",
     "Loader",
     "Microbatch",
     "Plan",
@@ -23,6 +25,7 @@ __all__ = [
     "check_dataset",
     "import_dataset",
     "open_dataset",
+    "open_datasets",
 ]
 
 if __name__ != "ringctx.data":

@@ -6,6 +6,7 @@ Price: the quick look hashes everything up to 256 MiB, and 6 MiB a shard beyond.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,27 @@ from ringctx.data.manifest import (
     Manifest,
     hash_file,
     hash_sample,
+    loss_name,
     offsets_name,
     read_manifest,
+    sources_name,
     tokens_name,
 )
 from ringctx.errors import DatasetError
 
-__all__ = ["check_dataset", "shard_problems"]
+__all__ = ["Problem", "check_dataset", "shard_problems"]
 
 _IDS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not what the manifest says."""
+
+    text: str
+    """Names the file, what was expected and what is there."""
+    is_change: bool = False
+    """The tokens are others than when the dataset was made, and can still be read."""
 
 
 def check_dataset(path: str | Path) -> list[str]:
@@ -38,12 +51,14 @@ def check_dataset(path: str | Path) -> list[str]:
         return [str(error)]
     problems = []
     for shard in range(len(manifest.shards)):
-        found = list(shard_problems(folder, manifest, shard, full=True))
+        found = [problem.text for problem in shard_problems(folder, manifest, shard, full=True)]
         problems += found or _id_problems(folder, manifest, shard)
     return problems
 
 
-def shard_problems(folder: Path, manifest: Manifest, shard: int, *, full: bool) -> Iterator[str]:
+def shard_problems(
+    folder: Path, manifest: Manifest, shard: int, *, full: bool
+) -> Iterator[Problem]:
     """What is wrong with one shard's files, most basic first.
 
     Args:
@@ -56,23 +71,42 @@ def shard_problems(folder: Path, manifest: Manifest, shard: int, *, full: bool) 
     tokens, offsets = folder / tokens_name(shard), folder / offsets_name(shard)
     missing = [path for path in (tokens, offsets) if not path.is_file()]
     if missing:
-        yield from (_missing(path) for path in missing)
+        yield from (Problem(_missing(path)) for path in missing)
         return
     size = tokens.stat().st_size
     if size != info.bytes or info.bytes != info.tokens * np.dtype(manifest.dtype).itemsize:
-        yield (
+        yield Problem(
             f"{_named(tokens)} holds {size:,} bytes, but the manifest says {info.bytes:,} for "
             f"{info.tokens:,} tokens of {manifest.dtype}"
         )
         return
     if full:
-        yield from _hash_problem(tokens, info.tokens_hash, hash_file(tokens))
+        changes = _hash_problem(tokens, info.tokens_hash, hash_file(tokens))
     else:
-        yield from _hash_problem(tokens, info.tokens_sample, hash_sample(tokens))
+        changes = _hash_problem(tokens, info.tokens_sample, hash_sample(tokens))
+    yield from (Problem(text, is_change=True) for text in changes)
+    yield from map(Problem, _side_problems(folder, manifest, shard))
+
+
+def _side_problems(folder: Path, manifest: Manifest, shard: int) -> Iterator[str]:
+    """What is wrong with offsets, and with sources and loss bits where a shard has them."""
+    info, offsets = manifest.shards[shard], folder / offsets_name(shard)
     actual = hash_file(offsets)
     yield from _hash_problem(offsets, info.offsets_hash, actual)
     if actual == info.offsets_hash:
         yield from _offset_problems(offsets, documents=info.documents, tokens=info.tokens)
+    for path, expected in (
+        (folder / sources_name(shard), info.sources_hash),
+        (folder / loss_name(shard), info.loss_hash),
+    ):
+        if expected is None:
+            continue
+        if not path.is_file():
+            yield _missing(path)
+        else:
+            yield from _hash_problem(path, expected, hash_file(path))
+    if (info.sources_hash is None) != (not manifest.sources):
+        yield f"{folder / sources_name(shard)}: the manifest names sources only for some shards"
 
 
 def _missing(path: Path) -> str:

@@ -25,9 +25,11 @@ __all__ = [
     "hash_file",
     "hash_json",
     "hash_sample",
+    "loss_name",
     "new_hash",
     "offsets_name",
     "read_manifest",
+    "sources_name",
     "token_dtype",
     "tokens_name",
 ]
@@ -53,6 +55,10 @@ class ShardInfo:
     tokens_sample: str
     """Hash of the first and last MiB and of blocks between, for a quick look at large files."""
     offsets_hash: str
+    sources_hash: str | None = None
+    """Where documents have named sources."""
+    loss_hash: str | None = None
+    """Where some tokens are no targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ class Manifest:
     tokenizer: str
     tokenizer_hash: str
     shards: tuple[ShardInfo, ...]
+    sources: tuple[str, ...] = ()
+    """Names of the sources that documents come from; empty: none are told apart."""
     built_from: dict[str, Any] = field(default_factory=dict)
     """Inputs and options of the build, and what it skipped."""
 
@@ -92,6 +100,13 @@ class Manifest:
         content = dataclasses.asdict(self)
         for key in ("tokenizer", "built_from"):
             del content[key]
+        # What a dataset does not have leaves no trace in its name.
+        content["shards"] = [
+            {name: value for name, value in shard.items() if value is not None}
+            for shard in content["shards"]
+        ]
+        if not self.sources:
+            del content["sources"]
         return hash_json(content)
 
     def to_json(self) -> str:
@@ -108,6 +123,16 @@ def tokens_name(shard: int) -> str:
 def offsets_name(shard: int) -> str:
     """File name of a shard's offsets: int64 `[documents + 1]`, from 0 to the number of tokens."""
     return f"shard-{shard:05d}.off.npy"
+
+
+def sources_name(shard: int) -> str:
+    """File name of a shard's sources: uint16 `[documents]`, numbers of names in the manifest."""
+    return f"shard-{shard:05d}.src.npy"
+
+
+def loss_name(shard: int) -> str:
+    """File name of a shard's loss bits, lowest bit first: is this token a target?"""
+    return f"shard-{shard:05d}.loss.bin"
 
 
 def token_dtype(vocab_size: int) -> "np.dtype[np.unsignedinteger[Any]]":
@@ -170,6 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         shards = tuple(ShardInfo(**shard) for shard in raw.pop("shards"))
+        raw["sources"] = tuple(raw.get("sources", ()))
         manifest = Manifest(**raw, shards=shards)
     except (KeyError, TypeError) as error:
         raise DatasetError(f"{path} is not a dataset manifest: {error}") from error

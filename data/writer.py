@@ -3,12 +3,14 @@
 Everything goes to `OUT.tmp-<pid>` beside OUT: token files as they come, the manifest last; files
 and folder are fsynced, then one rename makes the dataset. A build that is killed leaves only the
 temporary folder, which `open_dataset` refuses by name.
-Price: one pass; hashes are taken while writing, memory is 8 bytes a document of the open shard.
+Price: one pass; hashes are taken while writing, memory is 16 bytes a document
+and a bit a token of the open shard.
 """
 
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self
@@ -22,8 +24,10 @@ from ringctx.data.manifest import (
     ShardInfo,
     hash_file,
     hash_sample,
+    loss_name,
     new_hash,
     offsets_name,
+    sources_name,
     token_dtype,
     tokens_name,
 )
@@ -66,6 +70,7 @@ class DatasetWriter:
         tokenizer: Vocabulary,
         shard_bytes: int = SHARD_BYTES,
         dtype: str | None = None,
+        sources: Sequence[str] = (),
     ) -> None:
         """Prepare to write the dataset `out`, which must not exist.
 
@@ -74,6 +79,7 @@ class DatasetWriter:
             tokenizer: gives vocabulary size, ids and names.
             shard_bytes: a new shard starts after the `add` that reaches this size.
             dtype: of the ids on disk, as linked files have it; None: the smallest that holds all.
+            sources: names of the sources that documents come from; empty: none are told apart.
 
         Raises:
             ConfigError: if `out` exists.
@@ -82,12 +88,15 @@ class DatasetWriter:
         self._refuse_existing()
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size) if dtype is None else np.dtype(dtype)
+        self._sources = tuple(sources)
         self._shard_bytes = shard_bytes
         self._folder = self.out.with_name(f"{self.out.name}.tmp-{os.getpid()}")
         self._shards: list[ShardInfo] = []
         self._file: BinaryIO | None = None
         self._hash = new_hash()
         self._lengths: list[NDArray[np.int64]] = []
+        self._source_of: list[NDArray[np.int64]] = []
+        self._loss = _LossBits()
         self._shard_size = 0
 
     def __enter__(self) -> Self:
@@ -112,12 +121,21 @@ class DatasetWriter:
             self._file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+    def add(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int64],
+        *,
+        source: int = 0,
+        loss: NDArray[np.bool_] | None = None,
+    ) -> None:
         """Append documents.
 
         Args:
             tokens: `[n]`, the documents one after another, each with its end-of-document id.
             lengths: int64 `[documents]`, tokens of each, all positive.
+            source: number of their source.
+            loss: `[n]`, which tokens are targets; None: all.
         """
         assert lengths.sum() == len(tokens) and (lengths > 0).all(), (len(tokens), lengths)
         if not len(lengths):
@@ -128,17 +146,22 @@ class DatasetWriter:
         self._file.write(payload)
         self._hash.update(payload)
         self._lengths.append(lengths)
+        self._source_of.append(np.full(len(lengths), source))
+        self._loss.add(np.ones(len(tokens), np.bool_) if loss is None else loss)
         self._shard_size += payload.nbytes
         if self._shard_size >= self._shard_bytes:
             self._close_shard()
 
-    def link(self, tokens: Path, *, offsets: NDArray[np.int64], tokens_hash: str) -> None:
+    def link(
+        self, tokens: Path, *, offsets: NDArray[np.int64], tokens_hash: str, source: int = 0
+    ) -> None:
         """Append a shard whose tokens stay where they are, behind a symbolic link.
 
         Args:
             tokens: absolute path of a file of raw ids in the type on disk.
             offsets: int64 `[documents + 1]`, rising from 0 to the number of tokens.
             tokens_hash: of the whole file.
+            source: number of the documents' source.
         """
         self._close_shard()
         shard = len(self._shards)
@@ -154,6 +177,7 @@ class DatasetWriter:
                 tokens_hash=tokens_hash,
                 tokens_sample=hash_sample(tokens),
                 offsets_hash=hash_file(path),
+                sources_hash=self._write_sources(shard, np.full(len(offsets) - 1, source)),
             )
         )
 
@@ -174,6 +198,7 @@ class DatasetWriter:
             tokenizer=self._tokenizer.name,
             tokenizer_hash=self._tokenizer.hash,
             shards=tuple(self._shards),
+            sources=self._sources,
             built_from=built_from,
         )
         path = self._folder / MANIFEST_NAME
@@ -205,9 +230,31 @@ class DatasetWriter:
                 tokens_hash=self._hash.hexdigest(),
                 tokens_sample=hash_sample(tokens),
                 offsets_hash=hash_file(offsets),
+                sources_hash=self._write_sources(shard, np.concatenate(self._source_of)),
+                loss_hash=self._write_loss(shard),
             )
         )
         self._hash, self._lengths, self._shard_size = new_hash(), [], 0
+        self._source_of, self._loss = [], _LossBits()
+
+    def _write_sources(self, shard: int, source_of: NDArray[np.int64]) -> str | None:
+        """Write the sources of a shard's documents, if sources have names."""
+        if not self._sources:
+            return None
+        assert source_of.max() < len(self._sources) < 2**16, (source_of, self._sources)
+        path = self._folder / sources_name(shard)
+        np.save(path, source_of.astype("<u2"))
+        _fsync(path)
+        return hash_file(path)
+
+    def _write_loss(self, shard: int) -> str | None:
+        """Write the open shard's loss bits, if some token is no target."""
+        if self._loss.all_set:
+            return None
+        path = self._folder / loss_name(shard)
+        self._loss.packed().tofile(path)
+        _fsync(path)
+        return hash_file(path)
 
     def _refuse_existing(self) -> None:
         if self.out.exists() or self.out.is_symlink():
@@ -215,6 +262,25 @@ class DatasetWriter:
                 f"{self.out} exists already, and a build never overwrites: choose another --out, "
                 "or delete it yourself"
             )
+
+
+class _LossBits:
+    """Bits as they come, eight to a byte."""
+
+    def __init__(self) -> None:
+        self.all_set = True
+        self._packed: list[NDArray[np.uint8]] = []
+        self._rest = np.empty(0, np.bool_)
+
+    def add(self, bits: NDArray[np.bool_]) -> None:
+        self.all_set &= bool(bits.all())
+        bits = np.concatenate([self._rest, bits])
+        whole = len(bits) // 8 * 8
+        self._packed.append(np.packbits(bits[:whole], bitorder="little"))
+        self._rest = bits[whole:]
+
+    def packed(self) -> NDArray[np.uint8]:
+        return np.concatenate([*self._packed, np.packbits(self._rest, bitorder="little")])
 
 
 def _fsync(path: Path) -> None:
