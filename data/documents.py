@@ -260,8 +260,8 @@ def open_dataset(path: str | Path, *, allow_changed: bool = False) -> Dataset:
         for problem in shard_problems(folder, manifest, shard, full=full):
             if not (allow_changed and problem.is_change):
                 raise DatasetError(
-                    f"{problem.text}; build the dataset again, or see 'ringctx data check {folder}' "
-                    "for everything that is wrong with it"
+                    f"{problem.text}; build the dataset again, or see 'ringctx data check "
+                    f"{folder}' for everything that is wrong with it"
                 )
             _LOG.warning("data.allow_changed: %s", problem.text)
             changed = True

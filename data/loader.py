@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ringctx.data.balance import deal_rows, visible_pairs
 from ringctx.data.documents import Documents
-from ringctx.data.steps import Step
 from ringctx.data.row_spans import Runs, Spans, held_spans, lay_out, ranges, row_costs
+from ringctx.data.steps import Step
 from ringctx.errors import DatasetError
 from ringctx.ops.losses import IGNORE_INDEX
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ringctx.config_file import load_config
 from ringctx.launch.torchrun import local_ranks
-from ringctx.model import step_flops
+from ringctx.model_cost import step_flops
 from ringctx.run_plan import RunPlan, make_run_plan
 
 __all__ = ["add_plan_command"]

@@ -138,8 +138,8 @@ def layout_table(run: RunPlan) -> list[str]:
     ]
     lines += [line for length in sorted(run.layouts) for line in _auto_line(run, length)]
     lines.append(
-        f"plan: {len(run.plan):,} steps, {summary.tokens:,} tokens from step "
-        f"{run.plan.first_step:,} on; the run takes the first {run.num_steps:,} steps"
+        f"plan: steps {run.plan.first_step:,} to {len(run.plan):,}; the run ends after step "
+        f"{run.num_steps:,}"
     )
     lines.append(_coverage(summary))
     lines += [
@@ -150,17 +150,17 @@ def layout_table(run: RunPlan) -> list[str]:
 
 
 def _coverage(summary: PlanSummary) -> str:
-    """Where the tokens of the dataset are, with the share of each."""
+    """Where the tokens of the dataset go, with the share of each."""
     parts = [
         f"{name} {tokens:,} ({tokens / summary.dataset_tokens:.2%})"
         for name, tokens in (
-            ("kept", summary.kept_tokens),
+            ("in steps", summary.tokens),
             ("dropped as too short", summary.dropped_tokens),
             ("passed over", summary.passed_over_tokens),
             ("left over at the end", summary.left_over_tokens),
             ("padding", summary.padding_tokens),
         )
-        if tokens or name in ("kept", "dropped as too short")
+        if tokens or name in ("in steps", "dropped as too short")
     ]
     return f"plan: of {summary.dataset_tokens:,} tokens: {', '.join(parts)}"
 

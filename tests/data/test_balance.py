@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ringctx.data.balance import deal_rows, visible_pairs
-from ringctx.data.steps import Step
 from ringctx.data.row_spans import row_costs
+from ringctx.data.steps import Step
 from tests.data.packed_steps import packed_step, packed_steps
 
 
