@@ -224,7 +224,9 @@ def _rows_of(shard: RowShard, step: Step) -> NDArray[np.int64]:
     rounds = -(-step.num_rows // (shard.dp_degree * shard.rows))
     every = np.arange(rounds * shard.dp_degree * shard.rows)
     if not step.doc_mask:
-        return every.reshape(rounds, shard.dp_degree, shard.rows)[:, shard.dp_rank].reshape(-1)
+        own: NDArray[np.int64] = every.reshape(rounds, -1, shard.rows)[:, shard.dp_rank]
+        return own.reshape(-1)
     empty = visible_pairs(np.array([step.bucket_len]), window=step.window)
     costs = np.append(row_costs(step), np.repeat(empty, len(every) - step.num_rows))
-    return deal_rows(costs, groups=shard.dp_degree)[shard.dp_rank]
+    dealt: NDArray[np.int64] = deal_rows(costs, groups=shard.dp_degree)[shard.dp_rank]
+    return dealt
