@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ringctx.data.balance import deal_rows, visible_pairs
 from ringctx.data.documents import Documents
-from ringctx.data.row_spans import Runs, Spans, held_spans, lay_out, ranges, row_costs
+from ringctx.data.row_spans import Runs, Spans, held_spans, lay_out, row_costs
 from ringctx.data.steps import Step
 from ringctx.errors import DatasetError
 from ringctx.ops.losses import IGNORE_INDEX
@@ -157,14 +157,12 @@ class Loader:
         # The narrow type of the disk for as long as possible: memory is what this waits for.
         following = np.append(read[1:], read[:1])[own]
         read, no_target = read[own], self._no_target(spans, ahead)
-        if len(read) == len(tokens):
-            tokens[:], targets[:] = read, following
-            targets[no_target] = IGNORE_INDEX
-            return
-        tokens[:], targets[:] = 0, IGNORE_INDEX
-        filled = ranges(spans.places, spans.lengths)
-        tokens[filled], targets[filled] = read, following
-        targets[filled[no_target]] = IGNORE_INDEX
+        gaps = spans.gaps()
+        if len(read) < len(tokens):
+            tokens[:], targets[:] = 0, IGNORE_INDEX
+        for some, places in gaps.stretches():
+            tokens[places], targets[places] = read[some], following[some]
+        targets[gaps.place(no_target)] = IGNORE_INDEX
 
     def _no_target(self, spans: Spans, ahead: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Which tokens of the spans, counted through, have no target."""
@@ -224,7 +222,10 @@ def _rows_of(shard: RowShard, step: Step) -> NDArray[np.int64]:
     rounds = -(-step.num_rows // (shard.dp_degree * shard.rows))
     every = np.arange(rounds * shard.dp_degree * shard.rows)
     if not step.doc_mask:
-        return every.reshape(rounds, shard.dp_degree, shard.rows)[:, shard.dp_rank].reshape(-1)
+        table = every.reshape(rounds, shard.dp_degree, shard.rows)
+        own: NDArray[np.int64] = table[:, shard.dp_rank]
+        return own.reshape(-1)
     empty = visible_pairs(np.array([step.bucket_len]), window=step.window)
     costs = np.append(row_costs(step), np.repeat(empty, len(every) - step.num_rows))
-    return deal_rows(costs, groups=shard.dp_degree)[shard.dp_rank]
+    dealt: NDArray[np.int64] = deal_rows(costs, groups=shard.dp_degree)[shard.dp_rank]
+    return dealt

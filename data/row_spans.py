@@ -6,6 +6,7 @@ one piece, packed rows, rows cut over ranks and rows joined to one are then the 
 Price: some ten array operations per overlap, of which there are as many as runs and pieces.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from ringctx.data.balance import visible_pairs
 from ringctx.data.steps import Step
 
-__all__ = ["Line", "Runs", "Spans", "held_spans", "lay_out", "ranges", "row_costs"]
+__all__ = ["Gaps", "Line", "Runs", "Spans", "held_spans", "lay_out", "row_costs"]
 
 Ints = NDArray[np.int64]
 
@@ -77,7 +78,36 @@ class Spans:
     """Where each begins in its document."""
     lengths: Ints
     places: Ints
-    """Where each begins among the tokens that the rank holds."""
+    """Where each begins among the tokens that the rank holds, padding included."""
+
+    def gaps(self) -> "Gaps":
+        """What padding lies before each span."""
+        ends = np.cumsum(self.lengths)
+        return Gaps(ends, self.places - (ends - self.lengths))
+
+
+@dataclass(frozen=True, eq=False)
+class Gaps:
+    """Between spans, counted in tokens that are not padding, and their places."""
+
+    ends: Ints
+    """Tokens of each span and of those before it."""
+    padding: Ints
+    """Places before each span that are padding."""
+
+    def place(self, tokens: Ints) -> Ints:
+        """The places of some tokens."""
+        return tokens + self.padding[np.searchsorted(self.ends, tokens, side="right")]
+
+    def stretches(self) -> Iterator[tuple[slice, slice]]:
+        """Tokens without padding in between, and their places."""
+        borders = np.flatnonzero(np.diff(self.padding))
+        stops = [*self.ends[borders].tolist(), *self.ends[-1:].tolist()]
+        before = [*self.padding[borders].tolist(), *self.padding[-1:].tolist()]
+        begin = 0
+        for stop, gap in zip(stops, before, strict=True):
+            yield slice(begin, stop), slice(begin + gap, stop + gap)
+            begin = stop
 
 
 def lay_out(step: Step, rows: Ints) -> Line:
@@ -88,7 +118,7 @@ def lay_out(step: Step, rows: Ints) -> Line:
     offsets = np.append(offsets, offsets[-1])
     firsts = offsets[rows]
     counts = offsets[rows + 1] - firsts
-    documents, starts, lengths = pieces[ranges(firsts, counts)].T
+    documents, starts, lengths = pieces[_ranges(firsts, counts)].T
     row = np.repeat(np.arange(len(rows)), counts)
     # Tokens before each piece, in all rows and then in its own.
     before = np.cumsum(lengths) - lengths
@@ -104,7 +134,7 @@ def held_spans(line: Line, runs: Runs) -> Spans:
     first = np.searchsorted(run_ends, line.begins, side="right")
     counts = np.searchsorted(runs.begins, line.ends, side="left") - first
     piece = np.repeat(np.arange(len(counts)), counts)
-    run = ranges(first, counts)
+    run = _ranges(first, counts)
     begins = np.maximum(line.begins[piece], runs.begins[run])
     ends = np.minimum(line.ends[piece], run_ends[run])
     places = np.cumsum(runs.lengths) - runs.lengths
@@ -129,7 +159,7 @@ def row_costs(step: Step) -> Ints:
     return np.diff(pairs[step.row_offsets]) + visible_pairs(padding, window=step.window)
 
 
-def ranges(firsts: Ints, counts: Ints) -> Ints:
+def _ranges(firsts: Ints, counts: Ints) -> Ints:
     """The numbers first, first + 1, ..., count of them, for each."""
     skipped = np.cumsum(counts) - counts
     return np.repeat(firsts - skipped, counts) + np.arange(int(counts.sum()))

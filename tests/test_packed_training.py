@@ -1,6 +1,7 @@
 """Packed steps train the same in every world, with and without document masks."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 def plan_by_hand(dataset: Dataset) -> PlanByHand:
     """With masks and without, windows, thetas, and a stage with a rate of its own."""
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"doc_mask": True},
         {"doc_mask": True, "window": 10, "rope_theta": 300.0},
         {"doc_mask": False, "window": 40, "lr": 0.02, "stage_steps": (2, 5)},

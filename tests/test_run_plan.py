@@ -51,7 +51,9 @@ def test_the_table_accounts_for_every_token(folder: Path) -> None:
     whole, *parts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens|\()", line)]
     assert parts[0] == len(run.plan) * 256
     assert whole == sum(parts) == run.dataset.num_tokens
-    assert sum(float(share) for share in re.findall(r"([\d.]+)%", line)) == pytest.approx(100, abs=0.1)
+    assert sum(float(share) for share in re.findall(r"([\d.]+)%", line)) == pytest.approx(
+        100, abs=0.1
+    )
 
 
 def test_null_steps_are_the_whole_plan_and_stay_null_in_the_config(folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ringctx.config import TrackingConfig
+from ringctx.errors import ConfigError
 from ringctx.tracking import StepRecord, Tracker, read_metrics
 
 
@@ -138,3 +139,8 @@ def test_a_terminal_shows_a_bar_with_loss_speed_and_length(tmp_path: Path) -> No
     assert result.returncode == 0
     assert "100% 5/5 [00:00<00:00" in shown
     assert "loss 1.5000  1,000 tok/s  len 256 (cp 1)" in shown
+
+
+def test_rejects_a_peak_that_is_no_rate() -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.peak_flops=0\.0 must be above 0"):
+        TrackingConfig(peak_flops=0.0)

@@ -38,7 +38,8 @@ class OddTargets(MadeUpDocuments):
     ) -> NDArray[np.bool_]:
         assert (lengths > 0).all()
         ids = MadeUpDocuments(self.lengths.tolist()).read_spans(documents, starts, lengths)
-        return ids % STRIDE % 3 != 0
+        bits: NDArray[np.bool_] = ids % STRIDE % 3 != 0
+        return bits
 
 
 def load(
@@ -189,8 +190,8 @@ def test_a_rank_reads_its_tokens_of_a_packed_row_and_one_more_a_span(layout: str
     for rank in range(4):
         documents = MadeUpDocuments(lengths)
         held = positions(128, rank=rank, world_size=4, layout=layout).numpy()
-        shard = RowShard(dp_rank=0, dp_degree=1, rows=1, positions=held)
-        Loader(documents, PlanByHand(step), shard_for=lambda _, shard=shard: shard).step(0)
+        shards = {128: RowShard(dp_rank=0, dp_degree=1, rows=1, positions=held)}
+        Loader(documents, PlanByHand(step), shard_for=shards.__getitem__).step(0)
         # A border between pieces, and one between runs, each begin a span.
         most = 32 if layout == "striped" else 4
         assert 32 < documents.tokens_read <= 32 + most

@@ -270,5 +270,5 @@ def test_rejects_a_mix_of_a_dataset_without_sources() -> None:
 
 def test_rejects_pieces_that_no_document_of_a_source_reaches() -> None:
     with pytest.raises(ConfigError, match=r"code@512: the longest document .* no piece of 512"):
-        Plan(documents(), {"kind": "stages", "tokens_per_step": STEP,
-                           "stages": [{"len": 512, "share": 1, "mix": {"code@512": 1}}]})  # fmt: skip
+        stage = {"len": 512, "share": 1, "mix": {"code@512": 1}}
+        Plan(documents(), {"kind": "stages", "tokens_per_step": STEP, "stages": [stage]})
