@@ -65,8 +65,7 @@ class Mixture:
         """Rows until a source has been used max_epochs times; without a mix, one epoch."""
         if isinstance(self.pool, MixedPool):
             return self.pool.available([share.epochs for share in self.shares]).rows
-        epochs = self.shares[0].epochs
-        return self.pool.available(1.0 if self.shares[0].key == "" else epochs)
+        return self.pool.available(self.shares[0].epochs)
 
     def counts(self, rows: int) -> tuple[int, ...]:
         """How many of the first rows come from each share."""
@@ -83,6 +82,9 @@ class Mixture:
 
 def mix_pools(parts: Sequence[tuple[SourceShare, RowPool]]) -> Mixture:
     """One pool out of one a source; the weights are those of the sources that are there."""
-    shares, pools = zip(*parts, strict=True)
-    pool = pools[0] if len(pools) == 1 else MixedPool(pools, [share.weight for share in shares])
-    return Mixture(pool=pool, shares=shares, parts=pools)
+    shares = tuple(share for share, _ in parts)
+    pools = tuple(pool for _, pool in parts)
+    if len(pools) == 1:
+        return Mixture(pool=pools[0], shares=shares, parts=pools)
+    mixed = MixedPool(pools, [share.weight for share in shares])
+    return Mixture(pool=mixed, shares=shares, parts=pools)

@@ -183,7 +183,7 @@ class Schedule:
 
 def odds_by_length(curriculum: CurriculumConfig) -> dict[int, float]:
     """The odds of every length from min_len to max_len, whether or not it has pieces."""
-    lengths = []
+    lengths: list[int] = []
     while not lengths or lengths[-1] < curriculum.max_len:
         lengths.append(curriculum.min_len << len(lengths))
     n = len(lengths)

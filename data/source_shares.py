@@ -5,7 +5,6 @@ that whatever cuts or packs documents works on a source as on the whole.
 Price: 8 bytes a document for each source.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,7 +48,7 @@ def source_shares(
     Args:
         dataset: the documents.
         mix: weight by `name` or `name@LEN`.
-        max_epochs: by name; default 1. Without a mix, total_tokens alone decides.
+        max_epochs: by name; default 1.
         setting: what the mix is called in the configuration, for messages.
 
     Raises:
@@ -62,7 +61,7 @@ def source_shares(
                 piece_len=None,
                 number=0,
                 weight=1.0,
-                epochs=math.inf,
+                epochs=1.0,
                 lengths=dataset.lengths,
             )
         ]
