@@ -1,14 +1,17 @@
 """Documents to sequences to steps. Ranks are ints here: no process group is known."""
 
 from ringctx.data.check import check_dataset
-from ringctx.data.documents import Dataset, open_dataset
+from ringctx.data.documents import Dataset, Documents, open_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
+from ringctx.data.joined import JoinedDataset, open_datasets
 from ringctx.data.loader import Loader, Microbatch, RowShard
 from ringctx.data.plan import Plan, PlanSummary, Step
 
 __all__ = [
     "BuildReport",
     "Dataset",
+    "Documents",
+    "JoinedDataset",
     "Loader",
     "Microbatch",
     "Plan",
@@ -18,6 +21,7 @@ __all__ = [
     "build_dataset",
     "check_dataset",
     "open_dataset",
+    "open_datasets",
 ]
 
 if __name__ != "ringctx.data":
