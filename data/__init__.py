@@ -1,7 +1,7 @@
 """Documents to sequences to steps. Ranks are ints here: no process group is known."""
 
 from ringctx.data.check import check_dataset
-from ringctx.data.documents import Dataset, open_dataset
+from ringctx.data.documents import Dataset, Documents, open_dataset
 from ringctx.data.importers import ImportReport, import_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
 from ringctx.data.joined import JoinedDataset, open_datasets
@@ -13,6 +13,7 @@ from ringctx.data.summary import PlanSummary
 __all__ = [
     "BuildReport",
     "Dataset",
+    "Documents",
     "ImportReport",
     "JoinedDataset",
     "Loader",

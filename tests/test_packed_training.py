@@ -101,7 +101,9 @@ def test_the_records_of_packed_steps_count_documents_and_no_padding(
 class NoTargets(Dataset):
     """A dataset all of whose loss bits are off."""
 
-    has_loss_bits = True
+    @property
+    def has_loss_bits(self) -> bool:
+        return True
 
     def read_loss(
         self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]

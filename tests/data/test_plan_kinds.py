@@ -239,7 +239,7 @@ def test_masks_stand_only_where_rows_hold_several_pieces() -> None:
 def test_loss_bits_decide_what_is_a_target() -> None:
     rng = np.random.default_rng(0)
     loss = [rng.random(n) < 0.5 for n in LENGTHS]
-    made = documents(loss=loss)
+    made = documents(loss=np.concatenate(loss))
     plan = Plan(made, {"kind": "packed", "len": 64, "tokens_per_step": STEP})
     for t in range(0, len(plan), 5):
         step = plan.step(t)

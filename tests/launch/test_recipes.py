@@ -79,7 +79,8 @@ def write_sources(folder: Path, rule: Any) -> Path:
         for source in range(max(1, len(names))):
             for length in rng.integers(20, 700, size=60 if names else 120):
                 ids = np.append(rng.integers(97, 123, size=length), tokenizer.end_id)
-                writer.add(ids, np.array([len(ids)]), source=source)
+                of = np.array([source], dtype=np.uint16) if names else None
+                writer.add(ids, np.array([len(ids)]), sources=of)
         writer.finish(built_from={})
     return folder / "dataset"
 
