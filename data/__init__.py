@@ -1,14 +1,21 @@
 """Documents to sequences to steps. Ranks are ints here: no process group is known."""
 
 from ringctx.data.check import check_dataset
-from ringctx.data.documents import Dataset, open_dataset
+from ringctx.data.documents import Dataset, Documents, open_dataset
+from ringctx.data.importers import ImportReport, import_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
+from ringctx.data.joined import JoinedDataset, open_datasets
 from ringctx.data.loader import Loader, Microbatch, RowShard
-from ringctx.data.plan import Plan, PlanSummary, Step
+from ringctx.data.plan import Plan
+from ringctx.data.steps import Step
+from ringctx.data.summary import PlanSummary
 
 __all__ = [
     "BuildReport",
     "Dataset",
+    "Documents",
+    "ImportReport",
+    "JoinedDataset",
     "Loader",
     "Microbatch",
     "Plan",
@@ -17,7 +24,9 @@ __all__ = [
     "Step",
     "build_dataset",
     "check_dataset",
+    "import_dataset",
     "open_dataset",
+    "open_datasets",
 ]
 
 if __name__ != "ringctx.data":

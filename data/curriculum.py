@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ringctx.config import CurriculumConfig
 from ringctx.data.randomness import exponential_times
 
-__all__ = ["MixedStep", "Origin", "Schedule", "find_folded", "share_pieces"]
+__all__ = ["MixedStep", "Origin", "Schedule", "find_folded", "odds_by_length", "share_pieces"]
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ class Schedule:
     def _draw(
         self, curriculum: CurriculumConfig, pieces: Sequence[int], folded: Sequence[int], seed: int
     ) -> None:
-        odds = _odds(curriculum.odds, len(self.lengths))
+        odds = _odds(curriculum, self.lengths, pieces)
         taken, orders = list(self.origin.consumed), []
         mixed: list[MixedStep] = []
         for cycle in range(self.origin.cycle, self._cycles):
             ends = [n * (cycle + 1) // self._cycles for n in pieces]
             counts = [
-                0 if k in folded else (ends[k] - taken[k]) // rows
+                0 if k in folded else max(0, ends[k] - taken[k]) // rows
                 for k, rows in enumerate(self._rows)
             ]
             taken = [t + n * rows for t, n, rows in zip(taken, counts, self._rows, strict=True)]
@@ -159,7 +159,10 @@ class Schedule:
                     counts[step.bucket] += 1
             orders.append(_draw_order(counts, odds, key=(seed, cycle, self.origin.step)))
         self._cycle_ends = np.cumsum([len(order) for order in orders])
-        self._index(np.concatenate(orders), mixed, _limit(curriculum, self.origin, self.lengths))
+        order = np.concatenate(orders)
+        if curriculum.first_step == "longest" and self.origin.step == 0:
+            order = _longest_first(order)
+        self._index(order, mixed, _limit(curriculum, self.origin, self.lengths))
 
     def _index(self, order: NDArray[np.uint8], mixed: list[MixedStep], limit: int | None) -> None:
         """Keep the order, the steps of each bucket, and put mixed steps last in theirs."""
@@ -178,21 +181,52 @@ class Schedule:
             self._whole_steps.append(steps[:whole])
 
 
-def _odds(kind: str, n: int) -> NDArray[np.float64]:
-    """Odds of n buckets, shortest first."""
-    if kind == "uniform":
-        return np.ones(n)
-    assert kind == "grow_p2", kind
-    return np.exp2(np.arange(n - 1, -1, -1, dtype=np.float64))
+def odds_by_length(curriculum: CurriculumConfig) -> dict[int, float]:
+    """The odds of every length from min_len to max_len, whether or not it has pieces."""
+    lengths: list[int] = []
+    while not lengths or lengths[-1] < curriculum.max_len:
+        lengths.append(curriculum.min_len << len(lengths))
+    n = len(lengths)
+    if not isinstance(curriculum.odds, str):
+        return dict(zip(lengths, curriculum.odds, strict=True))
+    rising = np.arange(n, dtype=np.float64)
+    named = {
+        "uniform": np.ones(n),
+        "grow_linear": n - rising,
+        "grow_p2": 2.0 ** rising[::-1],
+        "grow_p100": 100.0 ** rising[::-1],
+        "shrink_p100": 100.0**rising,
+    }
+    return dict(zip(lengths, named[curriculum.odds].tolist(), strict=True))
+
+
+def _odds(
+    curriculum: CurriculumConfig, lengths: Sequence[int], pieces: Sequence[int]
+) -> list[float]:
+    """The odds of each bucket."""
+    by_length = odds_by_length(curriculum)
+    tokens = [1.0] * len(lengths)
+    if curriculum.odds_mode == "token_weighted":
+        # The released code multiplies by what each bucket has.
+        tokens = [float(n * length) for n, length in zip(pieces, lengths, strict=True)]
+    return [by_length[length] * weight for length, weight in zip(lengths, tokens, strict=True)]
 
 
 def _draw_order(
-    counts: Sequence[int], odds: NDArray[np.float64], *, key: tuple[int, ...]
+    counts: Sequence[int], odds: Sequence[float], *, key: tuple[int, ...]
 ) -> NDArray[np.uint8]:
     """Algorithm 1's draws of one cycle: which bucket at each of its steps."""
-    times = [exponential_times(n, rate=float(odds[k]), key=(*key, k)) for k, n in enumerate(counts)]
+    times = [exponential_times(n, rate=odds[k], key=(*key, k)) for k, n in enumerate(counts)]
     buckets = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
     return buckets[np.argsort(np.concatenate(times), kind="stable")]
+
+
+def _longest_first(order: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The first step of the longest bucket moved to the front; the others keep their order."""
+    if not len(order):
+        return order
+    at = int(np.argmax(order))
+    return np.concatenate([order[at : at + 1], order[:at], order[at + 1 :]])
 
 
 def _fill_mixed(

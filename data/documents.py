@@ -2,11 +2,10 @@
 
 Raw little-endian tokens and one offset a document, nothing per sequence: sequences follow from the
 lengths. Opening checks the files against their manifest; reading touches only the bytes asked for.
-Price: 8 bytes of memory a document for the lengths; spans of one length are gathered at memory
-speed (hundreds of millions of tokens a second on one core).
 Source of the payload: the raw `.bin` of OLMo-core and Megatron-LM.
 """
 
+import logging
 import re
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringctx.data.check import shard_problems
-from ringctx.data.manifest import Manifest, offsets_name, read_manifest, tokens_name
+from ringctx.data.manifest import (
+    Manifest,
+    loss_name,
+    offsets_name,
+    read_manifest,
+    sources_name,
+    tokens_name,
+)
+from ringctx.data.mapped import MappedDocuments
 from ringctx.errors import DatasetError
 
 __all__ = ["Dataset", "Documents", "open_dataset"]
@@ -24,6 +31,8 @@ __all__ = ["Dataset", "Documents", "open_dataset"]
 FULL_CHECK_BYTES = 256 * 2**20
 
 _UNFINISHED = re.compile(r"\.tmp-\d+$")
+
+logger = logging.getLogger(__name__)
 
 
 class Documents(Protocol):
@@ -41,36 +50,52 @@ class Documents(Protocol):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each document, the end-of-document id included."""
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources that documents come from; empty where none are named."""
+
+    @property
+    def sources(self) -> NDArray[np.uint16] | None:
+        """Source of each document, an index into `source_names`; None where none are named."""
+
+    @property
+    def has_loss_bits(self) -> bool:
+        """Whether some token may not be a target; if not, `read_loss` need not be asked."""
+
     def read(
         self, documents: NDArray[np.int64], starts: NDArray[np.int64], length: int
     ) -> NDArray[np.unsignedinteger[Any]]:
         """Spans of one length, `[n, length]`; each must lie inside its document."""
 
+    def read_spans(
+        self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.unsignedinteger[Any]]:
+        """Spans of any lengths, one after another; each must lie inside its document."""
 
-class Dataset:
+    def read_loss(
+        self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """For the tokens of `read_spans`: may this token be a target?"""
+
+
+class Dataset(MappedDocuments):
     """Documents of a dataset folder; `open_dataset` makes one. Pickles as its path."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, changed: bool = False) -> None:
         """Map the files of a folder that has been checked."""
         self.path = path
         self.manifest = manifest
-        self._tokens = [self._map(shard) for shard in range(len(manifest.shards))]
-        self._offsets = [
-            np.load(path / offsets_name(shard), mmap_mode="r").view(np.ndarray)
-            for shard in range(len(manifest.shards))
-        ]
-        counts = [0, *(shard.documents for shard in manifest.shards)]
-        self._first_document = np.cumsum(counts, dtype=np.int64)
-
-    @property
-    def num_documents(self) -> int:
-        """Documents in the dataset."""
-        return self.manifest.num_documents
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the dataset, one end-of-document id a document included."""
-        return self.manifest.num_tokens
+        self.changed = changed
+        """Whether the files differ from what was built, and this was allowed."""
+        shards = range(len(manifest.shards))
+        super().__init__(
+            tokens=[_map(path / tokens_name(shard), manifest.dtype) for shard in shards],
+            offsets=[_load(path / offsets_name(shard)) for shard in shards],
+            loss=[
+                _map(path / loss_name(shard), "uint8") if info.loss_hash else None
+                for shard, info in enumerate(manifest.shards)
+            ],
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -92,59 +117,22 @@ class Dataset:
         """Hex name of the content."""
         return self.manifest.fingerprint
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources that documents come from; empty where none were named."""
+        return self.manifest.sources
+
     @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document, int64 `[num_documents]`."""
-        return np.concatenate([np.diff(offsets) for offsets in self._offsets])
-
-    def document(self, index: int) -> NDArray[np.unsignedinteger[Any]]:
-        """The tokens of one document, memory-mapped, its end-of-document id last."""
-        if not 0 <= index < self.num_documents:
-            raise IndexError(f"document {index} of a dataset of {self.num_documents} documents")
-        shard = int(np.searchsorted(self._first_document, index, side="right")) - 1
-        local = index - self._first_document[shard]
-        first, last = self._offsets[shard][local : local + 2]
-        return self._tokens[shard][first:last]
-
-    def read(
-        self, documents: NDArray[np.int64], starts: NDArray[np.int64], length: int
-    ) -> NDArray[np.unsignedinteger[Any]]:
-        """Gather spans of one length.
-
-        Args:
-            documents: int64 `[n]`.
-            starts: int64 `[n]`, offsets inside the documents; start + length must not pass the
-                document's end.
-            length: tokens of each span.
-
-        Returns:
-            A copy, `[n, length]`, in the type on disk.
-        """
-        shard_of = np.searchsorted(self._first_document, documents, side="right") - 1
-        shards = np.flatnonzero(np.bincount(shard_of))
-        if len(shards) == 1:
-            return self._read_shard(int(shards[0]), documents, starts, length)
-        spans = np.empty((len(documents), length), dtype=self.manifest.dtype)
-        for shard in shards:
-            here = shard_of == shard
-            spans[here] = self._read_shard(int(shard), documents[here], starts[here], length)
-        return spans
-
-    def _read_shard(
-        self, shard: int, documents: NDArray[np.int64], starts: NDArray[np.int64], length: int
-    ) -> NDArray[np.unsignedinteger[Any]]:
-        first = self._offsets[shard][documents - self._first_document[shard]] + starts
-        windows = np.lib.stride_tricks.sliding_window_view(self._tokens[shard], length)
-        spans: NDArray[np.unsignedinteger[Any]] = windows[first]
-        return spans
-
-    def _map(self, shard: int) -> NDArray[np.unsignedinteger[Any]]:
-        path = self.path / tokens_name(shard)
-        return np.memmap(path, dtype=self.manifest.dtype, mode="r").view(np.ndarray)
+    def sources(self) -> NDArray[np.uint16] | None:
+        """Source of each document, uint16 `[num_documents]`, an index into `source_names`."""
+        if not self.source_names:
+            return None
+        shards = range(len(self.manifest.shards))
+        return np.concatenate([_load(self.path / sources_name(shard)) for shard in shards])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path alone; the files are mapped again on the other side."""
-        return _reopen, (self.path, self.fingerprint)
+        return _reopen, (self.path, self.fingerprint, self.changed)
 
     def __repr__(self) -> str:
         """Path and size."""
@@ -154,11 +142,16 @@ class Dataset:
         )
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: str | Path, *, allow_changed: bool = False) -> Dataset:
     """Open a dataset folder after checking its files against the manifest.
 
-    Sizes and offsets are always checked; content hashes in full up to 256 MiB of tokens, beyond
-    that in sampled blocks (`ringctx data check` verifies everything).
+    Sizes, offsets, sources and loss bits are always checked; token hashes in full up to 256 MiB of
+    tokens, beyond that in sampled blocks (`ringctx data check` verifies everything).
+
+    Args:
+        path: the folder.
+        allow_changed: log content that differs from its hash instead of refusing it; the dataset
+            has `changed` set then. Sizes, offsets and ids that cannot be stay errors.
 
     Raises:
         DatasetError: naming the file, what was expected, what is there, and the remedy.
@@ -168,17 +161,30 @@ def open_dataset(path: str | Path) -> Dataset:
         raise DatasetError(f"{folder} is left from a build that was stopped: delete it")
     manifest = read_manifest(folder)
     full = manifest.num_bytes <= FULL_CHECK_BYTES
+    changed = False
     for shard in range(len(manifest.shards)):
         for problem in shard_problems(folder, manifest, shard, full=full):
-            raise DatasetError(
-                f"{problem}; build the dataset again, or see 'ringctx data check {folder}' for "
-                "everything that is wrong with it"
-            )
-    return Dataset(folder, manifest)
+            if not (allow_changed and problem.changed):
+                raise DatasetError(
+                    f"{problem.text}; build the dataset again, or see 'ringctx data check "
+                    f"{folder}' for everything that is wrong with it"
+                )
+            logger.warning("%s; used all the same, as allow_changed says", problem.text)
+            changed = True
+    return Dataset(folder, manifest, changed=changed)
 
 
-def _reopen(path: Path, fingerprint: str) -> Dataset:
+def _reopen(path: Path, fingerprint: str, changed: bool) -> Dataset:
     manifest = read_manifest(path)
     if manifest.fingerprint != fingerprint:
         raise DatasetError(f"{path} was replaced by another dataset while it was in use")
-    return Dataset(path, manifest)
+    return Dataset(path, manifest, changed=changed)
+
+
+def _map(path: Path, dtype: str) -> NDArray[Any]:
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def _load(path: Path) -> NDArray[Any]:
+    array: NDArray[Any] = np.load(path, mmap_mode="r")
+    return array.view(np.ndarray)

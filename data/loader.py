@@ -1,22 +1,24 @@
-"""From a plan to tensors: each rank reads only its own slice of every sequence of a step.
+"""From a plan to tensors: each rank reads only its own slice of every row of a step.
 
-A rank's positions fall into runs of neighbours (contiguous: one, zigzag: two, striped: every
-position by itself); runs are gathered from the memory map, with one peeked token after each, so
-that shifting targets needs no communication.
-Price: local tokens plus one a run are read; int64 tokens and targets of two steps are held.
+What a rank holds of its rows are spans of documents (`row_spans`), gathered from the memory map
+with one peeked token after each, so that shifting targets needs no communication. One path serves
+rows of one piece and packed rows: gathering equal spans as a table was no faster.
+Price: local tokens plus one a span are read; int64 tokens and targets of two steps are held.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ringctx.data.balance import deal_rows, visible_pairs
 from ringctx.data.documents import Documents
-from ringctx.data.plan import Plan, Step
+from ringctx.data.row_spans import Runs, Spans, held_spans, lay_out, row_costs
+from ringctx.data.steps import Step
 from ringctx.errors import DatasetError
 from ringctx.ops.losses import IGNORE_INDEX
 
@@ -30,9 +32,12 @@ class RowShard:
     dp_rank: int
     dp_degree: int
     rows: int
-    """Sequences of one microbatch on this rank."""
+    """Rows of one microbatch on this rank."""
     positions: NDArray[np.int64]
-    """`[local_len]`: the indices inside a sequence that this rank holds, in order."""
+    """`[local_len]`: the indices inside a row that this rank holds, rising."""
+    joined_positions: NDArray[np.int64] | None = None
+    """`[rows * local_len]`: the same inside a microbatch's rows joined to one, which is how rows
+    with document masks are trained; None: `rows` is 1, or no step has such masks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,44 +45,58 @@ class Microbatch:
     """What one forward takes."""
 
     tokens: torch.Tensor
-    """int64 `[rows, local_len]`."""
+    """int64 `[rows, local_len]`; one joined row where there are document masks."""
     targets: torch.Tensor
-    """int64 `[rows, local_len]`: the next token, or IGNORE_INDEX where the document ends."""
+    """int64, as tokens: the next token of the document, or IGNORE_INDEX where there is none, in
+    padding, and where the dataset says that it is no target."""
     positions: torch.Tensor
     """int64 `[local_len]`: index of each held token inside its row."""
     cu_seqlens: tuple[int, ...] | None = None
     """Where the documents of a packed row begin, and its end, counted over the whole row and not
     over what this rank holds of it; None: every row is one document."""
+    window: int | None = None
+    """The largest attention window of any layer."""
+    rope_theta: float | None = None
+    """RoPE base; None: the model's."""
+
+
+class Steps(Protocol):
+    """What a loader needs of a plan."""
+
+    def step(self, step: int) -> Step:
+        """The rows of a step."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Slice:
-    """A rank's positions as runs of one length."""
+class _Held:
+    """What a rank holds of one row, or of several joined to one."""
 
-    shard: RowShard
-    run_starts: NDArray[np.int64]
-    run_len: int
+    runs: Runs
     positions: torch.Tensor
+
+    @classmethod
+    def of(cls, positions: NDArray[np.int64]) -> "_Held":
+        return cls(Runs.of(positions), torch.tensor(positions))
 
 
 class Loader:
     """The microbatches of one rank."""
 
     def __init__(
-        self, dataset: Documents, plan: Plan, *, shard_for: Callable[[int], RowShard]
+        self, dataset: Documents, plan: Steps, *, shard_for: Callable[[int], RowShard]
     ) -> None:
         """Prepare to read.
 
         Args:
             dataset: where the tokens are.
-            plan: which sequences each step takes.
-            shard_for: what this rank holds of the steps of a given sequence length.
+            plan: which rows each step takes.
+            shard_for: what this rank holds of the steps of a given row length.
         """
         self._dataset = dataset
         self._plan = plan
         self._shard_for = shard_for
         self._lengths = dataset.lengths
-        self._slices: dict[int, _Slice] = {}
+        self._held: dict[tuple[int, bool], _Held] = {}
         self._pin_memory = torch.cuda.is_available()
 
     def step(self, step: int) -> list[Microbatch]:
@@ -105,79 +124,108 @@ class Loader:
         return planned, self._gather(planned)
 
     def _gather(self, step: Step) -> list[Microbatch]:
-        part = self._slice(step.bucket_len)
-        shard, local_len = part.shard, len(part.shard.positions)
-        rows = _rows_of(shard, len(step.pieces))
-        tokens, targets = self._empty(len(rows), local_len), self._empty(len(rows), local_len)
-        # Rows ascend, so those beyond the step are the last ones; they train nothing.
-        real = int(np.searchsorted(rows, len(step.pieces)))
-        self._fill(part, step.pieces[rows[:real]], tokens[:real].numpy(), targets[:real].numpy())
-        tokens[real:] = 0
-        targets[real:] = IGNORE_INDEX
+        shard = self._shard_for(step.bucket_len)
+        rows = _rows_of(shard, step)
+        line = lay_out(step, rows)
+        # Rows of a forward, and rows of the step that each of them is made of.
+        width, joined = (1, shard.rows) if step.doc_mask else (shard.rows, 1)
+        held = self._held_of(shard, step)
+        num_whole = len(rows) // joined
+        runs = held.runs.repeated(num_whole, period=joined * step.bucket_len)
+        tokens, targets = (self._empty(num_whole, len(held.positions)) for _ in range(2))
+        self._fill(held_spans(line, runs), tokens.view(-1).numpy(), targets.view(-1).numpy())
         return [
-            Microbatch(tokens[at : at + shard.rows], targets[at : at + shard.rows], part.positions)
-            for at in range(0, len(rows), shard.rows)
+            Microbatch(
+                tokens[at : at + width],
+                targets[at : at + width],
+                held.positions,
+                cu_seqlens=line.borders(at * joined, (at + 1) * joined) if step.doc_mask else None,
+                window=step.window,
+                rope_theta=step.rope_theta,
+            )
+            for at in range(0, num_whole, width)
         ]
 
-    def _fill(
-        self,
-        part: _Slice,
-        pieces: NDArray[np.int64],
-        tokens: NDArray[np.int64],
-        targets: NDArray[np.int64],
-    ) -> None:
-        """Read this rank's slice of the pieces into tokens and targets, `[n, local_len]` each."""
-        # From here on one row a run: [n, local_len] -> [n * runs, run_len]
-        documents = np.repeat(pieces[:, 0], len(part.run_starts))
-        starts = (pieces[:, 1, None] + part.run_starts).reshape(-1)
-        spans = self._read(documents, starts, part.run_len)
-        tokens.reshape(spans.shape)[:] = spans
-        shifted = targets.reshape(spans.shape)
-        shifted[:, :-1] = spans[:, 1:]
-        peek = starts + part.run_len
-        inside = peek < self._lengths[documents]
-        shifted[:, -1] = IGNORE_INDEX
-        shifted[inside, -1] = self._read(documents[inside], peek[inside], 1)[:, 0]
+    def _fill(self, spans: Spans, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Read spans into tokens and targets, `[rows * local_len]` each; the rest is padding."""
+        ahead = spans.starts + spans.lengths < self._lengths[spans.documents]
+        lengths = spans.lengths + ahead
+        read = self._read(spans.documents, spans.starts, lengths)
+        # Peeked tokens are targets only.
+        own = np.ones(len(read), dtype=np.bool_)
+        own[np.cumsum(lengths)[ahead] - 1] = False
+        # The narrow type of the disk for as long as possible: memory is what this waits for.
+        following = np.append(read[1:], read[:1])[own]
+        read, no_target = read[own], self._no_target(spans, ahead)
+        gaps = spans.gaps()
+        if len(read) < len(tokens):
+            tokens[:], targets[:] = 0, IGNORE_INDEX
+        for some, places in gaps.stretches():
+            tokens[places], targets[places] = read[some], following[some]
+        targets[gaps.place(no_target)] = IGNORE_INDEX
+
+    def _no_target(self, spans: Spans, ahead: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Which tokens of the spans, counted through, have no target."""
+        ends = np.cumsum(spans.lengths)
+        at_end = ends[~ahead] - 1
+        if not self._dataset.has_loss_bits:
+            return at_end
+        with_next = np.ones(int(spans.lengths.sum()), dtype=np.bool_)
+        with_next[at_end] = False
+        # Of each span, those of its tokens that are followed by one.
+        lengths = spans.lengths - ~ahead
+        some = lengths > 0
+        bits = self._dataset.read_loss(spans.documents[some], spans.starts[some] + 1, lengths[some])
+        with_next[with_next] = bits
+        return np.flatnonzero(~with_next)
 
     def _read(
-        self, documents: NDArray[np.int64], starts: NDArray[np.int64], length: int
+        self,
+        documents: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
     ) -> NDArray[np.unsignedinteger[Any]]:
-        spans = self._dataset.read(documents, starts, length)
-        if spans.size and int(spans.max()) >= self._dataset.vocab_size:
-            row, at = np.argwhere(spans >= self._dataset.vocab_size)[0]
+        tokens = self._dataset.read_spans(documents, starts, lengths)
+        if tokens.size and int(tokens.max()) >= self._dataset.vocab_size:
+            at = int(np.flatnonzero(tokens >= self._dataset.vocab_size)[0])
+            ends = np.cumsum(lengths)
+            span = int(np.searchsorted(ends, at, side="right"))
+            offset = starts[span] + at - (ends[span] - lengths[span])
             raise DatasetError(
-                f"token id {spans[row, at]} in document {documents[row]:,} at offset "
-                f"{starts[row] + at:,}, but the dataset's vocab_size is "
-                f"{self._dataset.vocab_size:,}; see 'ringctx data check', and build it again"
+                f"token id {tokens[at]} in document {documents[span]:,} at offset {offset:,}, "
+                f"but the dataset's vocab_size is {self._dataset.vocab_size:,}; see "
+                "'ringctx data check', and build it again"
             )
-        return spans
+        return tokens
 
-    def _slice(self, bucket_len: int) -> _Slice:
-        if bucket_len not in self._slices:
-            shard = self._shard_for(bucket_len)
-            run_starts, run_len = _runs(shard.positions)
-            positions = torch.tensor(shard.positions)
-            self._slices[bucket_len] = _Slice(shard, run_starts, run_len, positions)
-        return self._slices[bucket_len]
+    def _held_of(self, shard: RowShard, step: Step) -> _Held:
+        key = step.bucket_len, step.doc_mask
+        if key not in self._held:
+            positions = shard.positions
+            if step.doc_mask and shard.rows > 1:
+                assert shard.joined_positions is not None, key
+                positions = shard.joined_positions
+            self._held[key] = _Held.of(positions)
+        return self._held[key]
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
 
 
-def _rows_of(shard: RowShard, num_rows: int) -> NDArray[np.int64]:
-    """The global rows of one rank, ascending; some of the last may lie beyond num_rows.
+def _rows_of(shard: RowShard, step: Step) -> NDArray[np.int64]:
+    """The rows of one rank, a microbatch after the other; some may lie beyond those of the step.
 
-    Rows are dealt over rounds and dp ranks: round a, row r holds global row
-    `(a * dp_degree + dp_rank) * rows + r`.
+    Rows are dealt over rounds and dp ranks: round a, row r holds row
+    `(a * dp_degree + dp_rank) * rows + r` of the step. Where document masks make their costs
+    unequal they are dealt by cost.
     """
-    rounds = -(-num_rows // (shard.dp_degree * shard.rows))
+    rounds = -(-step.num_rows // (shard.dp_degree * shard.rows))
     every = np.arange(rounds * shard.dp_degree * shard.rows)
-    return every.reshape(rounds, shard.dp_degree, shard.rows)[:, shard.dp_rank].reshape(-1)
-
-
-def _runs(positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-    """Cut positions into runs of neighbours, all of one length: their starts, and the length."""
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    lengths = np.diff(np.concatenate([[0], breaks, [len(positions)]]))
-    run_len = int(np.gcd.reduce(lengths))
-    return positions[::run_len], run_len
+    if not step.doc_mask:
+        table = every.reshape(rounds, shard.dp_degree, shard.rows)
+        own: NDArray[np.int64] = table[:, shard.dp_rank]
+        return own.reshape(-1)
+    empty = visible_pairs(np.array([step.bucket_len]), window=step.window)
+    costs = np.append(row_costs(step), np.repeat(empty, len(every) - step.num_rows))
+    dealt: NDArray[np.int64] = deal_rows(costs, groups=shard.dp_degree)[shard.dp_rank]
+    return dealt

@@ -9,6 +9,8 @@ Price: hashing runs at about 1 GB/s; a sampled hash reads 6 MiB of a shard, what
 import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,12 @@ __all__ = [
     "hash_file",
     "hash_json",
     "hash_sample",
+    "loss_name",
     "new_hash",
     "offsets_name",
     "read_manifest",
+    "source_name_problem",
+    "sources_name",
     "token_dtype",
     "tokens_name",
 ]
@@ -35,7 +40,9 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
 DTYPES = ("uint16", "uint32")
+MAX_SOURCES = 2**16
 
+_SOURCE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _MIB = 2**20
 _SAMPLE_BLOCKS = 64
 _SAMPLE_BLOCK_BYTES = 64 * 2**10
@@ -43,7 +50,7 @@ _SAMPLE_BLOCK_BYTES = 64 * 2**10
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """One pair of files: tokens and document offsets."""
+    """The files of one shard: tokens, document offsets, and sources and loss bits if any."""
 
     tokens: int
     documents: int
@@ -53,6 +60,10 @@ class ShardInfo:
     tokens_sample: str
     """Hash of the first and last MiB and of blocks between, for a quick look at large files."""
     offsets_hash: str
+    sources_hash: str | None = None
+    """Of the file of sources; None where the dataset names none."""
+    loss_hash: str | None = None
+    """Of the file of loss bits; None where every token of the shard may be a target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +79,8 @@ class Manifest:
     tokenizer: str
     tokenizer_hash: str
     shards: tuple[ShardInfo, ...]
+    sources: tuple[str, ...] = ()
+    """Names of the sources that the documents come from."""
     built_from: dict[str, Any] = field(default_factory=dict)
     """Inputs and options of the build, and what it skipped."""
 
@@ -89,15 +102,26 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hex name of the content: equal exactly when tokens, documents and ids are."""
-        content = dataclasses.asdict(self)
+        content = self._content()
         for key in ("tokenizer", "built_from"):
             del content[key]
         return hash_json(content)
 
     def to_json(self) -> str:
         """The text of `dataset.json`."""
-        content = dataclasses.asdict(self)
+        content = self._content()
         return json.dumps({**content, "checksum": hash_json(content)}, indent=2) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        """All fields; what is optional and absent is left out, so that it changes no hash."""
+        content = dataclasses.asdict(self)
+        if not self.sources:
+            del content["sources"]
+        for shard in content["shards"]:
+            for key in ("sources_hash", "loss_hash"):
+                if shard[key] is None:
+                    del shard[key]
+        return content
 
 
 def tokens_name(shard: int) -> str:
@@ -108,6 +132,28 @@ def tokens_name(shard: int) -> str:
 def offsets_name(shard: int) -> str:
     """File name of a shard's offsets: int64 `[documents + 1]`, from 0 to the number of tokens."""
     return f"shard-{shard:05d}.off.npy"
+
+
+def sources_name(shard: int) -> str:
+    """File name of a shard's sources: uint16 `[documents]`, indices into the manifest's names."""
+    return f"shard-{shard:05d}.src.npy"
+
+
+def loss_name(shard: int) -> str:
+    """File name of a shard's loss bits: one a token, the lowest bit of a byte first."""
+    return f"shard-{shard:05d}.loss.bin"
+
+
+def source_name_problem(names: Sequence[str]) -> str | None:
+    """What is wrong with names of sources, if anything; `@` and `=` mean something elsewhere."""
+    for name in names:
+        if not _SOURCE_NAME.fullmatch(name):
+            return f"source name {name!r} may hold letters, digits, '.', '_' and '-' only"
+    if len(set(names)) < len(names):
+        return f"source names {', '.join(names)} are not all different"
+    if len(names) > MAX_SOURCES:
+        return f"{len(names):,} sources are more than {MAX_SOURCES:,}"
+    return None
 
 
 def token_dtype(vocab_size: int) -> "np.dtype[np.unsignedinteger[Any]]":
@@ -170,7 +216,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         shards = tuple(ShardInfo(**shard) for shard in raw.pop("shards"))
-        manifest = Manifest(**raw, shards=shards)
+        manifest = Manifest(**raw | {"sources": tuple(raw.get("sources", ()))}, shards=shards)
     except (KeyError, TypeError) as error:
         raise DatasetError(f"{path} is not a dataset manifest: {error}") from error
     counts = [manifest.vocab_size, *(n for s in shards for n in (s.tokens, s.documents, s.bytes))]
@@ -178,7 +224,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise DatasetError(f"{path} is not a dataset manifest: its counts are {counts}")
     if manifest.dtype not in DTYPES:
         raise DatasetError(f"{path}: dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
+    _check_sources(path, manifest)
     return manifest
+
+
+def _check_sources(path: Path, manifest: Manifest) -> None:
+    named = bool(manifest.sources)
+    strings = all(isinstance(name, str) for name in manifest.sources)
+    if not strings or source_name_problem(manifest.sources):
+        raise DatasetError(f"{path} is not a dataset manifest: its sources are {manifest.sources}")
+    if any((shard.sources_hash is not None) != named for shard in manifest.shards):
+        raise DatasetError(f"{path} is not a dataset manifest: not all shards have sources")
 
 
 def _load(folder: Path, path: Path) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """The plan: which pieces of which documents make up every step, as a pure function.
 
-`piece(bucket, j) = permutation(seed, bucket, epoch)[j]` and a schedule of buckets: every rank
-computes the same steps without talking, any step can be asked for at any time, and a state of a
-few counters goes on exactly where a run stopped.
-Price: the decomposition and the draws at the start; a permutation (4 bytes a piece) of each bucket
-when it is first used; then about 0.1 ms a step.
+Rows come from buckets (`buckets.py`), a schedule says which bucket is trained at which step
+(`curriculum.py`, `stages.py`): every rank computes the same steps without talking, any step can be
+asked for at any time, and a state of a few counters goes on exactly where a run stopped.
+Price: the decomposition or packing and the draws at the start; a permutation (4 bytes a piece) of
+each bucket when it is first used; then about 0.1 ms a step.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,73 +17,18 @@ from numpy.typing import NDArray
 
 from ringctx.config import CurriculumConfig
 from ringctx.config_file import build_section
-from ringctx.data.curriculum import Origin, Schedule, find_folded, share_pieces
-from ringctx.data.decompose import decompose
+from ringctx.data.curriculum import Origin, Schedule, find_folded
 from ringctx.data.documents import Documents
 from ringctx.data.manifest import new_hash
-from ringctx.data.randomness import permutation
+from ringctx.data.row_pools import Rows
+from ringctx.data.stages import StageSchedule
 from ringctx.data.state import PlanState
+from ringctx.data.steps import Step, count_targets
+from ringctx.data.summary import PlanSummary, summarise
+from ringctx.data.supply import make_supply
 from ringctx.errors import ConfigError
 
-__all__ = ["BucketPlan", "Fold", "Plan", "PlanSummary", "Step"]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What one optimizer step trains on, over all ranks."""
-
-    step: int
-    bucket_len: int
-    """Tokens of each sequence."""
-    pieces: NDArray[np.int64]
-    """`[rows, 2]`: document and start of each sequence."""
-    num_targets: int
-    """Tokens that have a next token in their document, over all sequences."""
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both train on the same sequences in the same order."""
-        if not isinstance(other, Step):
-            return NotImplemented
-        return (self.step, self.bucket_len, self.num_targets) == (
-            other.step,
-            other.bucket_len,
-            other.num_targets,
-        ) and np.array_equal(self.pieces, other.pieces)
-
-
-@dataclass(frozen=True)
-class BucketPlan:
-    """Steps of one sequence length, and their sequences."""
-
-    steps: int
-    pieces: int
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Pieces of one bucket that are cut to the length of a shorter one."""
-
-    bucket: int
-    pieces: int
-    into: int
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSummary:
-    """A plan in numbers, from its first step on."""
-
-    steps: int
-    tokens: int
-    buckets: dict[int, BucketPlan]
-    """By sequence length, ascending."""
-    kept_tokens: int
-    """Tokens of the dataset that are in some sequence."""
-    dropped_tokens: int
-    """Tokens of the dataset in remainders below min_len."""
-    left_over_tokens: int
-    """Tokens that the plan may take but that fill no step at its end."""
-    folds: tuple[Fold, ...]
+__all__ = ["Plan"]
 
 
 class Plan:
@@ -99,7 +44,7 @@ class Plan:
         """Plan all steps, or those from a state on.
 
         Args:
-            dataset: gives the documents' lengths.
+            dataset: gives the documents' lengths, sources and loss bits.
             curriculum: the section of the configuration, or its fields.
             seed: names the order of sequences.
             state: what `state` of an earlier plan gave, to go on from there; tokens_per_step may
@@ -114,19 +59,9 @@ class Plan:
             assert isinstance(curriculum, CurriculumConfig)
         self.curriculum = curriculum
         self.seed = seed
-        self._dataset = dataset.fingerprint
-        self._lengths = dataset.lengths
-        self._parts = decompose(
-            self._lengths, min_len=curriculum.min_len, max_len=curriculum.max_len
-        )
-        self._orders: dict[int, tuple[int, NDArray[np.uint32]]] = {}
-        self._check_size()
-        self._bucket_lens = tuple(bucket.length for bucket in self._parts.buckets)
-        self._share = share_pieces(
-            [len(bucket) for bucket in self._parts.buckets],
-            self._bucket_lens,
-            total_tokens=curriculum.total_tokens,
-        )
+        self._dataset = dataset
+        self._supply = make_supply(dataset, curriculum, seed=seed)
+        self._bucket_lens = tuple(bucket.row_len for bucket in self._supply.buckets)
         if state is None:
             self._start()
         else:
@@ -143,8 +78,8 @@ class Plan:
 
     @property
     def bucket_lens(self) -> tuple[int, ...]:
-        """Sequence lengths of the steps from `first_step` on, ascending."""
-        return tuple(self._bucket_lens[bucket] for bucket in np.unique(self._order()))
+        """Row lengths of the steps from `first_step` on, ascending."""
+        return tuple(sorted({self._bucket_lens[bucket] for bucket in np.unique(self._order())}))
 
     @property
     def hash(self) -> str:
@@ -155,30 +90,43 @@ class Plan:
         return digest.hexdigest()
 
     def bucket_len(self, step: int) -> int:
-        """The sequence length of a step, without looking up its sequences."""
+        """The row length of a step, without looking up its rows."""
         return self._bucket_lens[self._schedule.bucket(step)]
 
+    def steps_of(self, bucket_len: int) -> NDArray[np.int64]:
+        """The steps from `first_step` on whose rows have this length, ascending."""
+        buckets = [k for k, length in enumerate(self._bucket_lens) if length == bucket_len]
+        return self.first_step + np.flatnonzero(np.isin(self._order(), buckets))
+
     def step(self, step: int) -> Step:
-        """The sequences of a step, first_step <= step < len(plan)."""
-        if not self.first_step <= step < len(self):
-            raise IndexError(f"step {step} is not in the plan: {self.first_step} to {len(self)}")
+        """The rows of a step, first_step <= step < len(plan)."""
+        self._check_step(step, end=len(self))
         takes, consumed = self._schedule.takes(step), self._schedule.consumed(step)
-        length = self._bucket_lens[self._schedule.bucket(step)]
+        bucket = self._supply.buckets[self._schedule.bucket(step)]
         parts = [
-            _cut(self._pieces(bucket, consumed[bucket], count), self._bucket_lens[bucket], length)
-            for bucket, count in enumerate(takes)
-            if count
+            other.pool.rows(consumed[number], takes[number]).cut(other.row_len, into=bucket.row_len)
+            for number, other in enumerate(self._supply.buckets)
+            if takes[number]
         ]
-        pieces = np.concatenate(parts)
-        at_end = pieces[:, 1] + length == self._lengths[pieces[:, 0]]
-        return Step(step, length, pieces, pieces.shape[0] * length - int(at_end.sum()))
+        rows = Rows.join(parts)
+        planned = Step(
+            step,
+            bucket.row_len,
+            rows.pieces,
+            count_targets(self._dataset, rows.pieces),
+            row_offsets=rows.offsets,
+            doc_mask=bucket.doc_mask,
+            **self._settings(step),
+        )
+        if rows.is_single(bucket.row_len):
+            return replace(planned, pieces=rows.pieces[:, :2], row_offsets=None, doc_mask=False)
+        return planned
 
     def state(self, step: int) -> dict[str, Any]:
         """The state before a step, first_step <= step <= len(plan): plain values, under 1 KB."""
-        if not self.first_step <= step <= len(self):
-            raise IndexError(f"step {step} is not in the plan: {self.first_step} to {len(self)}")
+        self._check_step(step, end=len(self) + 1)
         return PlanState(
-            dataset=self._dataset,
+            dataset=self._dataset.fingerprint,
             curriculum=self.curriculum,
             seed=self.seed,
             step=step,
@@ -189,52 +137,35 @@ class Plan:
 
     def describe(self) -> PlanSummary:
         """The plan in numbers, from `first_step` on."""
-        counts = np.bincount(self._order(), minlength=len(self._bucket_lens))
-        rows = [self.curriculum.tokens_per_step // length for length in self._bucket_lens]
-        steps = len(self) - self.first_step
-        tokens = steps * self.curriculum.tokens_per_step
-        spent = self._tokens(self._schedule.consumed(self.first_step))
-        total = self.curriculum.total_tokens or self._parts.kept_tokens
-        return PlanSummary(
-            steps=steps,
-            tokens=tokens,
-            buckets={
-                length: BucketPlan(int(n), int(n) * per_step)
-                for length, n, per_step in zip(self._bucket_lens, counts, rows, strict=True)
-                if n
-            },
-            kept_tokens=self._parts.kept_tokens,
-            dropped_tokens=self._parts.dropped_tokens,
-            left_over_tokens=total - spent - tokens,
-            folds=tuple(self._folds()),
+        return summarise(
+            self._supply,
+            dataset=self._dataset,
+            curriculum=self.curriculum,
+            steps=np.bincount(self._order(), minlength=len(self._bucket_lens)).tolist(),
+            spent=self._schedule.consumed(self.first_step),
+            mixed={t: step for t, step in self._schedule.mixed.items() if t >= self.first_step},
+            folded=self._folded,
         )
 
-    def _check_size(self) -> None:
-        rule, kept = self.curriculum, self._parts.kept_tokens
-        if not kept:
-            longest = int(self._lengths.max(initial=0))
-            raise ConfigError(
-                f"no document reaches curriculum.min_len={rule.min_len:,}: the longest of "
-                f"{len(self._lengths):,} has {longest:,} tokens; lower min_len, or build the "
-                "dataset with longer documents (--group-by dir)"
-            )
-        if rule.total_tokens is None and kept < rule.tokens_per_step:
-            raise ConfigError(
-                f"the dataset gives {kept:,} tokens in sequences of {rule.min_len:,} to "
-                f"{rule.max_len:,}, less than one step of curriculum.tokens_per_step="
-                f"{rule.tokens_per_step:,}; lower tokens_per_step, set total_tokens to repeat "
-                "the data, or add documents"
-            )
+    def _check_step(self, step: int, *, end: int) -> None:
+        if not self.first_step <= step < end:
+            raise IndexError(f"step {step} is not in the plan: {self.first_step} to {len(self)}")
 
     def _start(self) -> None:
-        self._folded = find_folded(
-            self._share, self._bucket_lens, tokens_per_step=self.curriculum.tokens_per_step
-        )
+        self._folded: tuple[int, ...] = ()
+        if self.curriculum.kind == "decomposed":
+            self._folded = find_folded(
+                [bucket.rows for bucket in self._supply.buckets],
+                self._bucket_lens,
+                tokens_per_step=self.curriculum.tokens_per_step,
+            )
         self._first_step = 0
-        self._schedule = self._draw(self.curriculum, Origin(0, 0, (0,) * len(self._share)))
+        self._schedule = self._draw(self.curriculum, Origin(0, 0, (0,) * len(self._bucket_lens)))
 
     def _go_on(self, state: PlanState) -> None:
-        state.check_belongs(dataset=self._dataset, curriculum=self.curriculum, seed=self.seed)
+        state.check_belongs(
+            dataset=self._dataset.fingerprint, curriculum=self.curriculum, seed=self.seed
+        )
         self._folded = state.folded
         self._first_step = state.step
         self._schedule = self._replay(state)
@@ -242,7 +173,7 @@ class Plan:
             origin = Origin(state.step, self._schedule.cycle(state.step), state.consumed)
             self._schedule = self._draw(self.curriculum, origin)
 
-    def _replay(self, state: PlanState) -> Schedule:
+    def _replay(self, state: PlanState) -> Schedule | StageSchedule:
         """The schedule that wrote a state, drawn again; its counters must be the state's."""
         origin, buckets = state.origin, len(self._bucket_lens)
         if len(origin.consumed) == buckets and 0 <= origin.cycle < self.curriculum.cycles:
@@ -255,11 +186,15 @@ class Plan:
             f"step {state.step:,}; use another one"
         )
 
-    def _draw(self, curriculum: CurriculumConfig, origin: Origin) -> Schedule:
+    def _draw(self, curriculum: CurriculumConfig, origin: Origin) -> Schedule | StageSchedule:
+        rows = [bucket.rows for bucket in self._supply.buckets]
+        if curriculum.kind != "decomposed":
+            each = [b.rows_per_step(curriculum.tokens_per_step) for b in self._supply.buckets]
+            return StageSchedule(rows=rows, rows_per_step=each, origin=origin)
         return Schedule(
             curriculum,
             lengths=self._bucket_lens,
-            pieces=self._share,
+            pieces=rows,
             folded=self._folded,
             origin=origin,
             seed=self.seed,
@@ -269,47 +204,19 @@ class Plan:
         """The bucket of every step from `first_step` on."""
         return self._schedule.order[self.first_step - self._schedule.origin.step :]
 
-    def _pieces(self, bucket: int, first: int, count: int) -> NDArray[np.int64]:
-        """Pieces first, first + 1, ... in a bucket's order over all epochs: `[count, 2]`."""
-        size = len(self._parts.buckets[bucket])
-        ordinals = np.arange(first, first + count)
-        chosen = [
-            self._permutation(bucket, epoch)[ordinals[ordinals // size == epoch] % size]
-            for epoch in range(first // size, (first + count - 1) // size + 1)
-        ]
-        return self._parts.buckets[bucket].locate(np.concatenate(chosen), self._lengths)
-
-    def _permutation(self, bucket: int, epoch: int) -> NDArray[np.uint32]:
-        cached = self._orders.get(bucket)
-        if cached is None or cached[0] != epoch:
-            length, size = self._bucket_lens[bucket], len(self._parts.buckets[bucket])
-            order = permutation(size, seed=self.seed, bucket_len=length, epoch=epoch)
-            cached = self._orders[bucket] = (epoch, order)
-        return cached[1]
-
-    def _tokens(self, pieces: tuple[int, ...]) -> int:
-        return sum(n * length for n, length in zip(pieces, self._bucket_lens, strict=True))
-
-    def _folds(self) -> list[Fold]:
-        folds = []
-        for at, mixed in sorted(self._schedule.mixed.items()):
-            for bucket in range(mixed.bucket + 1, len(self._bucket_lens)):
-                rare = bucket in self._folded
-                if at >= self.first_step and mixed.takes[bucket]:
-                    folds.append(
-                        Fold(
-                            bucket=self._bucket_lens[bucket],
-                            pieces=mixed.takes[bucket],
-                            into=self._bucket_lens[mixed.bucket],
-                            reason="too few for one step" if rare else "left over at the end",
-                        )
-                    )
-        return folds
-
-
-def _cut(pieces: NDArray[np.int64], length: int, into: int) -> NDArray[np.int64]:
-    """Cut every piece of one length into pieces of a shorter one, in order."""
-    parts = np.arange(0, length, into)
-    documents = np.repeat(pieces[:, 0], len(parts))
-    starts = (pieces[:, 1, None] + parts).reshape(-1)
-    return np.stack([documents, starts], axis=1)
+    def _settings(self, step: int) -> dict[str, Any]:
+        """What the curriculum sets for a step beside its rows."""
+        rule = self.curriculum
+        if rule.kind == "window":
+            window = rule.window_start + int(rule.window_growth * step)
+            # Without a limit the model's own windows decide.
+            return {"window": window if window < self.bucket_len(step) else None}
+        if rule.kind != "stages":
+            return {}
+        number = self._schedule.bucket(step)
+        stage = rule.stages[number]
+        settings: dict[str, Any] = {"rope_theta": stage.rope_theta, "lr": stage.lr}
+        if stage.lr is not None:
+            assert isinstance(self._schedule, StageSchedule)
+            settings["stage_steps"] = self._schedule.span(number)
+        return settings

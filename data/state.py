@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any
 
-from ringctx.config import CurriculumConfig
+from ringctx.config import CurriculumConfig, StageConfig
 from ringctx.data.curriculum import Origin
 from ringctx.errors import ConfigError
 
@@ -38,6 +38,7 @@ class PlanState:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and strings, for JSON."""
         plain = dataclasses.asdict(self)
+        plain["curriculum"] = _changed(self.curriculum)
         plain["consumed"], plain["folded"] = list(self.consumed), list(self.folded)
         plain["origin"]["consumed"] = list(self.origin.consumed)
         return {"version": STATE_VERSION, **plain}
@@ -58,7 +59,7 @@ class PlanState:
             origin = plain["origin"]
             return cls(
                 dataset=plain["dataset"],
-                curriculum=CurriculumConfig(**plain["curriculum"]),
+                curriculum=_read_curriculum(plain["curriculum"]),
                 seed=plain["seed"],
                 step=index(plain["step"]),
                 consumed=tuple(map(index, plain["consumed"])),
@@ -81,9 +82,9 @@ class PlanState:
         before = {"dataset": self.dataset, "seed": self.seed} | _fields(self.curriculum)
         now = {"dataset": dataset, "seed": seed} | _fields(curriculum)
         changed = [
-            f"{name} is {now[name]!r}, but was {before[name]!r}"
-            for name in before
-            if now[name] != before[name]
+            f"{name} is {now.get(name)!r}, but was {before.get(name)!r}"
+            for name in before | now
+            if now.get(name) != before.get(name)
         ]
         if changed:
             raise ConfigError(
@@ -92,7 +93,30 @@ class PlanState:
             )
 
 
+def _changed(section: CurriculumConfig | StageConfig) -> dict[str, Any]:
+    """The fields that are not at their default; all others may be left out."""
+    changed = {
+        field.name: getattr(section, field.name)
+        for field in dataclasses.fields(section)
+        if getattr(section, field.name) != field.default
+    }
+    if isinstance(section, CurriculumConfig) and section.stages:
+        changed["stages"] = [_changed(stage) for stage in section.stages]
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()
+    }
+
+
+def _read_curriculum(plain: Mapping[str, Any]) -> CurriculumConfig:
+    stages = tuple(StageConfig(**stage) for stage in plain.get("stages", ()))
+    return CurriculumConfig(**{**plain, "stages": stages})
+
+
 def _fields(curriculum: CurriculumConfig) -> dict[str, Any]:
-    fields = {f"curriculum.{k}": v for k, v in dataclasses.asdict(curriculum).items()}
-    del fields["curriculum.tokens_per_step"]
+    fields = {
+        f"curriculum.{f.name}": getattr(curriculum, f.name) for f in dataclasses.fields(curriculum)
+    }
+    del fields["curriculum.tokens_per_step"], fields["curriculum.stages"]
+    for number, stage in enumerate(curriculum.stages):
+        fields[f"curriculum.stages[{number}]"] = _changed(stage)
     return fields

@@ -92,7 +92,7 @@ def run_folder_page() -> str:
         "RUN_DIR/metrics.jsonl      one JSON object a step, only ever appended to",
         "RUN_DIR/checkpoints/       see checkpoints.md",
         "RUN_DIR/logs/rank-<n>.log  what each rank logged",
-        "RUN_DIR/report/            pictures, by `ringctx plot RUN_DIR`",
+        "RUN_DIR/report/            pictures and by_length.json, by `ringctx plot RUN_DIR`",
         "RUN_DIR/wandb/, wandb-id   only with tracking.wandb",
         "```",
         "",

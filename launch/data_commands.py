@@ -1,4 +1,4 @@
-"""`ringctx data build | stats | check`: make a dataset, look at it, verify it."""
+"""`ringctx data build | import | stats | plan | check`: make a dataset, look at it, verify it."""
 
 import argparse
 import dataclasses
@@ -10,6 +10,8 @@ from ringctx.data import open_dataset
 from ringctx.data.check import check_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
 from ringctx.data.stats import DatasetStats, dataset_stats
+from ringctx.launch.data_plan import add_plan_command
+from ringctx.launch.import_commands import add_import_command
 
 __all__ = ["add_data_commands"]
 
@@ -21,7 +23,9 @@ def add_data_commands(subparsers: "argparse._SubParsersAction[Any]") -> None:
     data = subparsers.add_parser("data", help="build, inspect and verify datasets")
     commands = data.add_subparsers(metavar="COMMAND", required=True)
     _add_build(commands)
+    add_import_command(commands)
     _add_stats(commands)
+    add_plan_command(commands)
     _add_check(commands)
 
 

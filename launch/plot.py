@@ -1,11 +1,17 @@
-"""Pictures of a run from its metrics: loss, throughput by length, lengths over time."""
+"""Pictures of a run from its metrics: loss, throughput by length, lengths over time.
 
-from collections import defaultdict
+Beside them by_length.json: the table that a run logs at its end.
+"""
+
+import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ringctx.by_length import LengthStats, by_length
 from ringctx.errors import ConfigError
 from ringctx.tracking import read_metrics
 
@@ -15,13 +21,13 @@ Records = list[dict[str, Any]]
 
 
 def plot_run(run_dir: Path) -> list[Path]:
-    """Draw into RUN_DIR/report.
+    """Write into RUN_DIR/report.
 
     Args:
         run_dir: a run folder with metrics.jsonl.
 
     Returns:
-        The PNG files.
+        The PNG files, and by_length.json.
 
     Raises:
         ConfigError: if there is nothing to draw, or matplotlib is not installed.
@@ -42,9 +48,12 @@ def plot_run(run_dir: Path) -> list[Path]:
     ):
         figure = figure_class(figsize=(8, 4.5), layout="constrained")
         canvas_class(figure)
-        draw(figure.subplots(), records)
+        draw(figure, records)
         paths.append(report / f"{name}.png")
         figure.savefig(paths[-1], dpi=120)
+    table = [dataclasses.asdict(stats) for stats in by_length(records)]
+    paths.append(report / "by_length.json")
+    paths[-1].write_text(json.dumps(table, indent=1) + "\n")
     return paths
 
 
@@ -72,8 +81,8 @@ def _label(length: int) -> str:
     return f"{length // 1024}k" if length >= 1024 else str(length)
 
 
-def _draw_loss(axes: Any, records: Records) -> None:
-    lengths = _lengths(records)
+def _draw_loss(figure: Any, records: Records) -> None:
+    axes, lengths = figure.subplots(), _lengths(records)
     tokens = np.array([record["tokens"] for record in records]) / 1e6
     loss = np.array([record["loss"] for record in records])
     axes.plot(tokens, loss, color="0.8", linewidth=1, zorder=1)
@@ -86,32 +95,62 @@ def _draw_loss(axes: Any, records: Records) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_throughput(axes: Any, records: Records) -> None:
-    by_length: dict[int, list[float]] = defaultdict(list)
-    degrees: dict[int, int] = {}
-    for record in records:
-        by_length[record["bucket_len"]].append(record["tokens_per_s"])
-        degrees[record["bucket_len"]] = record["cp_degree"]
-    lengths = sorted(by_length)
-    medians = [float(np.median(by_length[length])) for length in lengths]
-    spread = [
-        [median - min(by_length[length]) for length, median in zip(lengths, medians, strict=True)],
-        [max(by_length[length]) - median for length, median in zip(lengths, medians, strict=True)],
-    ]
-    names = [f"{_label(length)}\ncp {degrees[length]}" for length in lengths]
-    colors = [_color(length, lengths) for length in lengths]
-    axes.bar(names, medians, color=colors, yerr=spread, ecolor="0.4", capsize=3)
-    axes.set(
-        xlabel="sequence length and context-parallel degree",
-        ylabel="tokens per second, all ranks",
-        title="Throughput by length (median, range)",
+def _draw_throughput(figure: Any, records: Records) -> None:
+    stats, lengths = by_length(records), _lengths(records)
+    speed, waiting = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    names = [f"{_label(own.bucket_len)}\ncp {own.cp_degree}\n{_efficiency(own)}" for own in stats]
+    colors = [_color(own.bucket_len, lengths) for own in stats]
+    speeds = [own.tokens_per_s for own in stats]
+    spread = _spread(stats, records)
+    speed.bar(names, speeds, color=colors, yerr=spread, ecolor="0.4", capsize=3)
+    speed.set(
+        ylabel="tokens/s, all ranks",
+        title="Throughput by length (median and middle 80 % of steps)",
     )
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(axis="y", alpha=0.3)
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    waiting.bar(names, [100 * own.exposed_share for own in stats], color=colors)
+    waiting.set(
+        xlabel="sequence length, context-parallel degree, "
+        + ("MFU" if _knows_mfu(stats) else "model FLOP/s of a rank"),
+        ylabel="exposed\nexchange (%)",
+        ylim=(0, None),
+    )
+    for axes in (speed, waiting):
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", alpha=0.3)
 
 
-def _draw_lengths(axes: Any, records: Records) -> None:
-    lengths = _lengths(records)
+def _spread(stats: list[LengthStats], records: Records) -> list[list[float]]:
+    """How far the 10th and the 90th percentile of tokens/s lie from each median."""
+    below, above = [], []
+    for own in stats:
+        speeds = [
+            record["tokens_per_s"]
+            for record in records
+            if (record["bucket_len"], record["cp_degree"]) == (own.bucket_len, own.cp_degree)
+        ]
+        low, high = np.percentile(speeds, [10, 90])
+        below.append(own.tokens_per_s - float(low))
+        above.append(float(high) - own.tokens_per_s)
+    return [below, above]
+
+
+def _knows_mfu(stats: list[LengthStats]) -> bool:
+    return any(own.mfu is not None for own in stats)
+
+
+def _efficiency(stats: LengthStats) -> str:
+    """Last line below a bar."""
+    if stats.mfu is not None:
+        return f"{stats.mfu:.0%}"
+    if stats.flops_per_s is None:
+        return ""
+    power = max(0, int(math.log10(max(stats.flops_per_s, 1)) // 3))
+    return f"{stats.flops_per_s / 1000**power:.3g} {' kMGTPE'[power]}"
+
+
+def _draw_lengths(figure: Any, records: Records) -> None:
+    axes, lengths = figure.subplots(), _lengths(records)
     for length in lengths:
         own = [record for record in records if record["bucket_len"] == length]
         axes.scatter(

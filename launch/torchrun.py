@@ -12,11 +12,12 @@ from ringctx.errors import ConfigError
 __all__ = ["local_ranks", "torchrun"]
 
 
-def local_ranks(nproc: str) -> int:
+def local_ranks(nproc: str, *, option: str = "--nproc") -> int:
     """Ranks to start on this node.
 
     Args:
         nproc: a number, or `auto`: one a GPU, without a GPU one a core.
+        option: where the number was given, for messages.
 
     Raises:
         ConfigError: if it is neither.
@@ -24,7 +25,7 @@ def local_ranks(nproc: str) -> int:
     if nproc == "auto":
         return torch.cuda.device_count() or len(os.sched_getaffinity(0))
     if not nproc.isdecimal() or int(nproc) == 0:
-        raise ConfigError(f"--nproc={nproc} must be 'auto' or a number of ranks, at least 1")
+        raise ConfigError(f"{option}={nproc} must be 'auto' or a number of ranks, at least 1")
     return int(nproc)
 
 

@@ -1,7 +1,8 @@
 """Is this layout right here? The configured run against one process, on the same batches.
 
-For each sequence length of the plan, the first step of that length: loss and every gradient of the
-ranks together, against the model in one piece on rank 0. Writes nothing.
+For each sequence length of the plan, the first step of that length, and the last step of the run
+where it sees farther or rotates by another theta: loss and every gradient of the ranks together,
+against the model in one piece on rank 0. Writes nothing.
 """
 
 import sys
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringctx.config import Config
-from ringctx.data import Loader, RowShard
+from ringctx.data import Loader, RowShard, Step
 from ringctx.errors import ConfigError
 from ringctx.launch.entry import run_on_rank
 from ringctx.model import Transformer
@@ -24,10 +25,11 @@ from ringctx.parallel.comm import SoloGroup
 from ringctx.parallel.mesh import Mesh, World, context_mesh
 from ringctx.parallel.model_states import Engine, whole
 from ringctx.run_plan import RunPlan, make_run_plan
-from ringctx.trainer import (
+from ringctx.train_step import (
     accumulate_gradients,
     build_engine,
     build_model,
+    model_arguments,
     row_shard,
     starting_value,
 )
@@ -45,6 +47,8 @@ class Comparison:
 
     bucket_len: int
     cp_degree: int
+    window: int | None
+    """Of the step; None: the model's own."""
     loss: float
     loss_alone: float
     differences: dict[str, float]
@@ -93,26 +97,25 @@ def _verify(config: Config, world: World) -> int:
 
 
 def compare(run: RunPlan, *, world: World) -> Iterator[Comparison]:
-    """Compare the first step of each sequence length; every rank must go through all of it.
+    """Compare some steps, as the module says; every rank must go through all of them.
 
     Args:
         run: the plan from its beginning.
         world: all ranks.
 
     Yields:
-        One comparison a length, the same on all ranks.
+        One comparison a step, the same on all ranks.
     """
     mesh = Mesh(run.plan.bucket_lens, world=world, parallel=run.config.parallel)
     engine = build_engine(run.config, world=world, start=_starting_value)
     loader = Loader(
         run.dataset, run.plan, shard_for=lambda n: row_shard(mesh.for_length(n), bucket_len=n)
     )
-    for step in _first_steps(run):
-        planned = run.plan.step(step)
+    for planned in _steps_to_compare(run):
         bucket_len, num_targets = planned.bucket_len, planned.num_targets
         loss_sum = accumulate_gradients(
             engine,
-            list(loader.step(step)),
+            loader.step(planned.step),
             mesh=mesh.for_length(bucket_len),
             world=world,
             num_targets=num_targets,
@@ -122,12 +125,13 @@ def compare(run: RunPlan, *, world: World) -> Iterator[Comparison]:
         engine.model.zero_grad()
         answer: list[Comparison | None] = [None]
         if world.rank == 0:
-            alone, reference = _one_process(run, step=step, device=world.device)
+            alone, reference = _one_process(run, planned, device=world.device)
             differences = _differences(grads, reference)
             answer[0] = Comparison(
                 bucket_len=bucket_len,
                 cp_degree=mesh.for_length(bucket_len).sizes.cp_degree,
-                loss=float(loss_sum) / num_targets,
+                window=planned.window,
+                loss=float(loss_sum) / max(1, num_targets),
                 loss_alone=alone,
                 differences=differences,
             )
@@ -136,15 +140,20 @@ def compare(run: RunPlan, *, world: World) -> Iterator[Comparison]:
         yield answer[0]
 
 
-def _first_steps(run: RunPlan) -> list[int]:
-    """The first step of each sequence length of the run."""
+def _steps_to_compare(run: RunPlan) -> list[Step]:
+    """The first step of each sequence length, and the last of all if it is of another kind."""
     first: dict[int, int] = {}
     num_lengths = len(run.plan.bucket_lens)
     for step in range(run.num_steps):
         first.setdefault(run.plan.bucket_len(step), step)
         if len(first) == num_lengths:
             break
-    return [first[length] for length in sorted(first)]
+    steps = [run.plan.step(first[length]) for length in sorted(first)]
+    last = run.plan.step(run.num_steps - 1)
+    known = {(step.bucket_len, step.window, step.rope_theta) for step in steps}
+    if (last.bucket_len, last.window, last.rope_theta) not in known:
+        steps.append(last)
+    return steps
 
 
 def _whole_gradients(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
@@ -160,29 +169,22 @@ def _whole_gradients(engine: Engine, *, keep: bool) -> dict[str, Tensor]:
 
 
 def _one_process(
-    run: RunPlan, *, step: int, device: torch.device
+    run: RunPlan, planned: Step, *, device: torch.device
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step by the model in one piece, a row at a time."""
-    config, planned = run.config, run.plan.step(step)
-    model = _whole_model(config).to(device)
+    model = _whole_model(run.config).to(device)
     mesh = context_mesh(SoloGroup(), layout="contiguous")
     shard = RowShard(
         dp_rank=0, dp_degree=1, rows=1, positions=np.arange(planned.bucket_len, dtype=np.int64)
     )
     loader = Loader(run.dataset, run.plan, shard_for=lambda _: shard)
-    total = 0.0
-    for batch in loader.step(step):
-        loss_sum = model(
-            batch.tokens.to(device),
-            targets=batch.targets.to(device),
-            positions=batch.positions.to(device),
-            mesh=mesh,
-            cu_seqlens=batch.cu_seqlens,
-        )
-        (loss_sum / planned.num_targets).backward()
+    total, num_targets = 0.0, max(1, planned.num_targets)
+    for batch in loader.step(planned.step):
+        loss_sum = model(**model_arguments(batch, mesh=mesh, device=device))
+        (loss_sum / num_targets).backward()
         total += float(loss_sum.detach())
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return total / planned.num_targets, grads
+    return total / num_targets, grads
 
 
 def _whole_model(config: Config) -> Transformer:
@@ -204,10 +206,13 @@ def _starting_value(name: str, shape: torch.Size, *, config: Config) -> Tensor:
 
 def _differences(grads: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
     assert grads.keys() == reference.keys()
-    return {
-        name: float((grads[name] - reference[name]).abs().max() / reference[name].abs().max())
-        for name in reference
-    }
+    return {name: _difference(grads[name], expected) for name, expected in reference.items()}
+
+
+def _difference(grad: Tensor, expected: Tensor) -> float:
+    largest = float((grad - expected).abs().max())
+    # Of a step without targets both are 0, and equal.
+    return largest and largest / max(float(expected.abs().max()), 1e-30)
 
 
 def _nan_last(value: float) -> float:
@@ -223,8 +228,9 @@ def _wrong_gradients(result: Comparison, tolerance: float) -> Iterator[str]:
 
 
 def _line(result: Comparison) -> str:
+    window = "" if result.window is None else f"  window {result.window:,}"
     return (
-        f"len {result.bucket_len:>9,}  cp {result.cp_degree:>2}  loss {result.loss:.6f} "
+        f"len {result.bucket_len:>9,}  cp {result.cp_degree:>2}{window}  loss {result.loss:.6f} "
         f"(differs by {result.loss_difference:.1e})  gradients differ by at most "
         f"{result.largest:.1e} ({result.parameter})"
     )

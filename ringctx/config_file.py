@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,12 +22,15 @@ __all__ = [
     "build_section",
     "config_to_dict",
     "config_to_yaml",
+    "listed_sections",
     "load_config",
     "parse_size",
     "sections",
     "subsections",
 ]
 
+# An entry of a list in the name of a setting: stages.0.len or stages[0].len.
+_IN_LIST = re.compile(r"\.\d+(\.|$)|\[\d+\]")
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)", re.IGNORECASE)
 
@@ -52,7 +55,7 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
         ConfigError: listing every problem of the section.
     """
     known = [f.name for f in dataclasses.fields(section)]
-    inner = subsections(section)
+    inner, listed = subsections(section), listed_sections(section)
     built: dict[str, Any] = {}
     node = OmegaConf.structured(section)
     OmegaConf.set_readonly(node, False)
@@ -61,9 +64,10 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
         if key not in known:
             problems.append(_unknown(f"{name}.{key}", key, known))
             continue
-        if key in inner:
+        if key in inner or key in listed:
+            build = _build_named if key in inner else _build_list
             try:
-                built[key] = _build_named(inner[key], value, name=f"{name}.{key}")
+                built[key] = build((inner | listed)[key], value, name=f"{name}.{key}")
             except ConfigError as error:
                 problems.append(str(error))
             continue
@@ -78,8 +82,9 @@ def build_section(section: type[Any], values: Mapping[str, Any], *, name: str) -
             problems.append(f"{name}.{key}={value} must be a finite number")
     if problems:
         raise ConfigError("\n".join(problems))
-    made: Any = OmegaConf.to_object(node)
-    return dataclasses.replace(made, **built)
+    # Made once: a section checks its fields against one another.
+    plain = {key: OmegaConf.select(node, key) for key in known if key not in built}
+    return section(**{key: _as_object(value) for key, value in plain.items()}, **built)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -120,6 +125,15 @@ def subsections(section: type[Any]) -> dict[str, type[Any]]:
     }
 
 
+def listed_sections(section: type[Any]) -> dict[str, type[Any]]:
+    """The fields of a section that are lists of sections, by name: the section of an entry."""
+    return {
+        key: get_args(hint)[0]
+        for key, hint in get_type_hints(section).items()
+        if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0])
+    }
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     """The config, or one section, as plain dicts, lists, numbers and strings."""
     plain: dict[str, Any] = dataclasses.asdict(config)
@@ -138,6 +152,26 @@ def _build_named(section: type[Any], values: Any, *, name: str) -> Any:
     return build_section(section, values, name=name)
 
 
+def _build_list(section: type[Any], values: Any, *, name: str) -> tuple[Any, ...]:
+    """A list of sections, each with its own problems named."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ConfigError(f"{name}={values!r} must be a list of sections")
+    built, problems = [], []
+    for number, entry in enumerate(values):
+        try:
+            built.append(_build_named(section, entry, name=f"{name}[{number}]"))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return tuple(built)
+
+
+def _as_object(value: Any) -> Any:
+    """A node as sections, dicts, lists, numbers and strings."""
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
 def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         base = OmegaConf.load(path)
@@ -149,14 +183,25 @@ def _read(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in item or item.startswith(("=", "-")):
             raise ConfigError(f"'{item}' is not an override; write section.key=value")
     try:
-        given = (base, *(OmegaConf.from_dotlist([item]) for item in overrides))
+        whole = [item for item in overrides if not _IN_LIST.search(item.partition("=")[0])]
+        given = (base, *(OmegaConf.from_dotlist([item]) for item in whole))
         merged = OmegaConf.merge(*(_spelled_out(node) for node in given))
+        for item in overrides:
+            if item not in whole:
+                _set_in_list(merged, item)
         raw = OmegaConf.to_container(merged, resolve=True)
     except Exception as error:
         raise ConfigError(f"config {path} with {list(overrides)}: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"config file {path} must hold sections, not a list")
     return {str(key): value for key, value in raw.items()}
+
+
+def _set_in_list(merged: Any, item: str) -> None:
+    """`stages.0.len=1k`: a merge would take the whole list from the override."""
+    key, _, _ = item.partition("=")
+    node = OmegaConf.from_dotlist([f"value={item[len(key) + 1 :]}"])
+    OmegaConf.update(merged, key, node["value"], force_add=True)
 
 
 def _spelled_out(node: Any) -> Any:

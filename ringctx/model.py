@@ -10,11 +10,9 @@ Shapes: B rows, T local tokens, E width, H query heads, Hkv key/value heads, D h
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +29,8 @@ __all__ = [
     "Rows",
     "SoftmaxMixer",
     "Transformer",
-    "flops_per_token",
     "initialise",
-    "parameter_count",
+    "sight",
 ]
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -50,6 +47,8 @@ class Rows:
     cu_seqlens: Tensor | None
     """int32 `[documents + 1]`, on the CPU: where the documents of the whole packed row begin, and
     its end; None: a row is one document."""
+    window: int | None
+    """The largest window of any layer; None: each layer's own."""
 
 
 class Transformer(nn.Module):
@@ -95,6 +94,8 @@ class Transformer(nn.Module):
         positions: Tensor,
         mesh: ContextMesh,
         cu_seqlens: Sequence[int] | None = None,
+        window: int | None = None,
+        rope_theta: float | None = None,
     ) -> Tensor:
         """Sum of the losses of the local tokens that have a target.
 
@@ -107,11 +108,21 @@ class Transformer(nn.Module):
                 whole row, the same for all rows; tokens see only their own document. None: a row
                 is one document. Plain numbers: an engine would move a tensor to the device, and
                 the host needs them.
+            window: no layer sees farther than this: a token sees itself and at most the window - 1
+                tokens before it (and the sinks of a W layer). None: each layer's own window.
+            rope_theta: RoPE base; None: the config's.
 
         Returns:
             A scalar in fp32 (float64 for a float64 model).
         """
-        hidden = self.hidden(tokens, positions=positions, mesh=mesh, cu_seqlens=cu_seqlens)
+        hidden = self.hidden(
+            tokens,
+            positions=positions,
+            mesh=mesh,
+            cu_seqlens=cu_seqlens,
+            window=window,
+            rope_theta=rope_theta,
+        )
         return linear_cross_entropy_sum(
             hidden.flatten(0, 1),
             self._head_weight().to(hidden.dtype),
@@ -126,15 +137,17 @@ class Transformer(nn.Module):
         positions: Tensor,
         mesh: ContextMesh,
         cu_seqlens: Sequence[int] | None = None,
+        window: int | None = None,
+        rope_theta: float | None = None,
     ) -> Tensor:
         """The normed output of the last block, `[B, T, E]`; arguments as in `forward`."""
         x = self.embed(tokens).to(self.dtype)
+        theta = self.config.rope_theta if rope_theta is None else rope_theta
         rows = Rows(
-            rotary=rotary_table(
-                positions, head_dim=self.config.head_width, theta=self.config.rope_theta
-            ),
+            rotary=rotary_table(positions, head_dim=self.config.head_width, theta=theta),
             mesh=mesh,
             cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32),
+            window=window,
         )
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -171,7 +184,7 @@ class SoftmaxMixer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.head_dim = config.head_width
-        self.window, self.sinks = _sight(config, layer)
+        self.sight = partial(sight, config, layer)
         kv_dim = config.kv_heads * config.head_width
         self.q = Linear(config.dim, config.num_heads * config.head_width)
         self.k = Linear(config.dim, kv_dim)
@@ -182,14 +195,15 @@ class SoftmaxMixer(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """`[B, T, E]` to `[B, T, E]`."""
+        window, sinks = self.sight(rows.window)
         # As functions: where heads are traded, each is made while the one before is on its way.
         out = context_attention(
             partial(self._heads, x, self.q, norm=self.q_norm, rotary=rows.rotary),
             partial(self._heads, x, self.k, norm=self.k_norm, rotary=rows.rotary),
             partial(self._heads, x, self.v),
             mesh=rows.mesh,
-            window=self.window,
-            sinks=self.sinks,
+            window=window,
+            sinks=sinks,
             cu_seqlens=rows.cu_seqlens,
         )
         # [B, T, H, D] -> [B, T, H * D]
@@ -218,9 +232,20 @@ def _named_mixer(config: ModelConfig, layer: int) -> nn.Module:
     return kinds[config.mixer(layer)](config, layer)
 
 
-def _sight(config: ModelConfig, layer: int) -> tuple[int | None, int]:
-    """Window and sinks of a layer."""
-    return (config.window, config.sinks) if config.mixer(layer) == "W" else (None, 0)
+def sight(config: ModelConfig, layer: int, largest: int | None) -> tuple[int | None, int]:
+    """How far a layer sees.
+
+    Args:
+        config: of the model.
+        layer: from 0.
+        largest: window that no layer may pass; None: no such limit.
+
+    Returns:
+        Its window, None for all tokens, and its sinks.
+    """
+    own, sinks = (config.window, config.sinks) if config.mixer(layer) == "W" else (None, 0)
+    windows = [window for window in (own, largest) if window is not None]
+    return min(windows, default=None), sinks
 
 
 class SwiGLU(nn.Module):
@@ -316,62 +341,3 @@ def initialise(name: str, shape: torch.Size, *, config: ModelConfig, seed: int) 
     elif name == "embed.weight" and not config.tie_embeddings:
         deviation = 1.0
     return torch.randn(shape, generator=generator) * deviation
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the whole model, embeddings included, with softmax mixers."""
-    assert config.vocab_size is not None
-    heads = 1 if config.tie_embeddings else 2
-    embeddings = heads * config.vocab_size * config.dim
-    return embeddings + config.dim + config.num_layers * _block_parameters(config)
-
-
-def flops_per_token(
-    config: ModelConfig, *, seq_len: int, cu_seqlens: Sequence[int] | None = None
-) -> float:
-    """Model FLOPs of one token, forward and backward, causal, nothing recomputed.
-
-    6 for each weight of a matrix product (the embedding look-up is none), and for attention
-    12 * H * D for each key that a token sees on average, over all layers.
-    Source: PaLM (arXiv 2204.02311), appendix B, but only visible keys count.
-
-    Args:
-        config: sizes, and the window of each layer.
-        seq_len: tokens of a row.
-        cu_seqlens: where the documents of a packed row begin, and its end; None: one document.
-    """
-    assert config.vocab_size is not None
-    borders = (0, seq_len) if cu_seqlens is None else cu_seqlens
-    lengths = [end - begin for begin, end in pairwise(borders)]
-    sights = [_sight(config, layer) for layer in range(config.num_layers)]
-    # A pattern has few different layers, and a row may hold thousands of documents.
-    pairs = sum(
-        count * _visible_pairs(length, *sight)
-        for sight, count in Counter(sights).items()
-        for length in lengths
-    )
-    width = config.num_heads * config.head_width
-    matrices = config.num_layers * _block_matrices(config) + config.vocab_size * config.dim
-    return 6.0 * matrices + 12.0 * width * pairs / max(1, borders[-1])
-
-
-def _visible_pairs(length: int, window: int | None, sinks: int) -> int:
-    """Pairs of a token and one that it sees, within a document of `length` tokens."""
-    window = length if window is None else min(window, length)
-    behind = length - window
-    return _capped_sum(length, window) + _capped_sum(behind, min(sinks, behind))
-
-
-def _capped_sum(length: int, cap: int) -> int:
-    """1 + 2 + ... + length, each term at most `cap` <= length."""
-    return cap * (cap + 1) // 2 + (length - cap) * cap
-
-
-def _block_matrices(config: ModelConfig) -> int:
-    heads = 2 * (config.num_heads + config.kv_heads)
-    return heads * config.head_width * config.dim + 3 * config.dim * config.mlp_width
-
-
-def _block_parameters(config: ModelConfig) -> int:
-    qk_norms = 2 * config.head_width if config.qk_norm else 0
-    return _block_matrices(config) + 2 * config.dim + qk_norms

@@ -14,7 +14,7 @@ import torch
 
 from ringctx.config import Config, ParallelConfig, TopologyConfig
 from ringctx.config_file import config_to_dict
-from ringctx.data import Dataset, Plan, open_dataset
+from ringctx.data import Dataset, JoinedDataset, Plan, PlanSummary, open_dataset, open_datasets
 from ringctx.errors import CheckpointError, ConfigError, LayoutError
 from ringctx.parallel.cost import choose
 from ringctx.parallel.head_exchange import key_heads
@@ -32,7 +32,7 @@ _FIXED = ("model.", "train.seed")
 _WARNED = ("optim.", "train.dtype", "train.steps", "curriculum.tokens_per_step")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Where things lie may differ between nodes.
-_PLACES = ("data.path", "train.run_dir")
+_PLACES = ("data.path", "data.sources", "train.run_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class RunPlan:
 
     config: Config
     """As the user gave it, with the vocabulary filled in."""
-    dataset: Dataset
+    dataset: Dataset | JoinedDataset
     plan: Plan
     layouts: dict[int, StepLayout]
     """For every sequence length of the plan."""
@@ -64,7 +64,12 @@ def make_run_plan(
         DatasetError: if the dataset is damaged.
     """
     _check_wandb(config)
-    dataset = open_dataset(config.data.path)
+    dataset = _open(config)
+    if state is not None and dataset.changed:
+        raise ConfigError(
+            "data.allow_changed=true does not go with a resume: files of the dataset are not those "
+            "that the run began with; restore them, or start a new run"
+        )
     config = _with_vocabulary(config, dataset)
     plan = Plan(dataset, config.curriculum, seed=config.train.seed, state=state)
     layouts = step_layouts(plan.bucket_lens, world_size=world_size, parallel=config.parallel)
@@ -115,34 +120,49 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
 def fields_to_agree_on(run: RunPlan) -> dict[str, Any]:
     """What must be the same on every rank, by name."""
     fields = _flat(config_to_dict(run.config))
-    same = {name: value for name, value in fields.items() if name not in _PLACES}
+    same = {name: value for name, value in fields.items() if not name.startswith(_PLACES)}
     return {"dataset": run.dataset.fingerprint, **same, "plan": run.plan.hash}
 
 
 def layout_table(run: RunPlan) -> list[str]:
     """How the rows of each length are spread, what of the data is in no step, what was cut."""
-    tokens_per_step, summary = run.config.curriculum.tokens_per_step, run.plan.describe()
+    summary = run.plan.describe()
     lines = [
         _layout_line(
             length,
             run.layouts[length],
-            num_rows=tokens_per_step // length,
+            num_rows=bucket.pieces // bucket.steps,
             ulysses_degree=run.config.parallel.ulysses_degree,
         )
-        for length in sorted(run.layouts)
+        for length, bucket in summary.buckets.items()
     ]
     lines += [line for length in sorted(run.layouts) for line in _auto_line(run, length)]
-    dropped = summary.dropped_tokens + summary.left_over_tokens
     lines.append(
-        f"plan: {len(run.plan):,} steps of {tokens_per_step:,} tokens, the run takes the first "
-        f"{run.num_steps:,}; {dropped:,} tokens are in no step ({summary.dropped_tokens:,} too "
-        f"short, {summary.left_over_tokens:,} left over)"
+        f"plan: steps {run.plan.first_step:,} to {len(run.plan):,}; the run ends after step "
+        f"{run.num_steps:,}"
     )
+    lines.append(_coverage(summary))
     lines += [
         f"plan: cut from {fold.bucket:,} to {fold.into:,} tokens: {fold.pieces:,} ({fold.reason})"
         for fold in summary.folds
     ]
-    return lines
+    return [*lines, *(f"plan: {note}" for note in summary.notes)]
+
+
+def _coverage(summary: PlanSummary) -> str:
+    """Where the tokens of the dataset go, with the share of each."""
+    parts = [
+        f"{name} {tokens:,} ({tokens / summary.dataset_tokens:.2%})"
+        for name, tokens in (
+            ("in steps", summary.tokens),
+            ("dropped as too short", summary.dropped_tokens),
+            ("passed over", summary.passed_over_tokens),
+            ("left over at the end", summary.left_over_tokens),
+            ("padding", summary.padding_tokens),
+        )
+        if tokens or name in ("in steps", "dropped as too short")
+    ]
+    return f"plan: of {summary.dataset_tokens:,} tokens: {', '.join(parts)}"
 
 
 def _layout_line(length: int, layout: StepLayout, *, num_rows: int, ulysses_degree: int) -> str:
@@ -246,14 +266,21 @@ def _check_wandb(config: Config) -> None:
         )
 
 
-def _with_vocabulary(config: Config, dataset: Dataset) -> Config:
+def _open(config: Config) -> Dataset | JoinedDataset:
+    data = config.data
+    if data.sources is not None:
+        return open_datasets(data.sources, allow_changed=data.allow_changed)
+    return open_dataset(data.path, allow_changed=data.allow_changed)
+
+
+def _with_vocabulary(config: Config, dataset: Dataset | JoinedDataset) -> Config:
     model = config.model
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=dataset.vocab_size)
     elif model.vocab_size < dataset.vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size:,} is smaller than the {dataset.vocab_size:,} ids "
-            f"of {config.data.path}; set model.vocab_size to null or at least to that"
+            f"of the dataset; set model.vocab_size to null or at least to that"
         )
     return dataclasses.replace(config, model=model)
 

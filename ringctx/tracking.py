@@ -36,7 +36,7 @@ class StepRecord:
     step: int
     """Optimizer step, from 0."""
     tokens: int
-    """Tokens trained on since the run began, this step included."""
+    """Tokens trained on since the run began, this step included; padding is not counted."""
     loss: float
     """Mean loss of the step's targets, in nats."""
     lr: float
@@ -46,13 +46,21 @@ class StepRecord:
     bucket_len: int
     """Tokens of each sequence of this step."""
     num_sequences: int
-    """Sequences of this step."""
+    """Sequences of this step: rows, where they are packed."""
+    num_documents: int
+    """Pieces of documents in them."""
+    window: int | None
+    """The largest attention window of any layer in this step; null: the model's own."""
     cp_degree: int
     """Ranks that shared a sequence."""
     step_time_s: float
     """Wall time, waiting for data included, checkpoints not."""
     tokens_per_s: float
     """Tokens of this step over its time, all ranks."""
+    flops_per_s: float
+    """Model FLOP/s of a rank: forward and backward, visible pairs only, nothing recomputed."""
+    mfu: float | None
+    """That as a share of tracking.peak_flops; null where that is not set."""
     comm_exposed_s: float
     """Time blocked in attention exchanges, the slowest rank's."""
     moved_bytes: int

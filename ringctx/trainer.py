@@ -1,52 +1,36 @@
-"""The training step, and the loop around it.
-
-Loss of a rank: sum of its token losses * world / targets of the whole step. The engines average
-gradients over the world, so the gradient is that of the mean loss over all targets of the step,
-whatever the mix of data and context parallelism, accumulation, or rows without targets.
-"""
+"""The loop around the training step: updates, metrics, checkpoints."""
 
 import logging
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from ringctx.by_length import by_length, length_table
 from ringctx.checkpoint import load_checkpoint, save_checkpoint, set_aside_later
-from ringctx.config import Config
 from ringctx.config_file import config_to_dict, config_to_yaml
 from ringctx.data import Loader, Microbatch, RowShard, Step
 from ringctx.errors import ConfigError, TrainingError
-from ringctx.model import Transformer, flops_per_token, initialise, parameter_count
+from ringctx.model_cost import flops_per_token, parameter_count, step_flops, step_tokens
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.optim import learning_rate, make_optimizer
-from ringctx.parallel import positions
 from ringctx.parallel.agreement import agree_on_first
 from ringctx.parallel.comm import record_traffic
-from ringctx.parallel.mesh import ContextMesh, Mesh, World
-from ringctx.parallel.model_states import Engine, clip_gradients, make_engine
+from ringctx.parallel.mesh import Mesh, World
+from ringctx.parallel.model_states import clip_gradients
 from ringctx.resume import Beginning, checkpoint_folder
 from ringctx.run_plan import RunPlan, layout_table
-from ringctx.tracking import StepRecord, Tracker
+from ringctx.tracking import StepRecord, Tracker, read_metrics
+from ringctx.train_step import accumulate_gradients, build_engine, row_shard
 
-__all__ = [
-    "Trainer",
-    "accumulate_gradients",
-    "build_engine",
-    "build_model",
-    "row_shard",
-    "start",
-    "starting_value",
-]
+__all__ = ["Trainer", "start"]
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def start(beginning: Beginning, *, world: World) -> "Trainer":
@@ -109,6 +93,8 @@ class Trainer:
                 if self._save_due():
                     self.save()
                 begin = time.perf_counter()
+            if tracker is not None:
+                self._log_by_length()
 
     def train_step(
         self, planned: Step, batches: Sequence[Microbatch], *, begin: float | None = None
@@ -137,7 +123,13 @@ class Trainer:
         norm = float(clip_gradients(self.parameters, max_norm=optim.clip_norm))
         if not math.isfinite(norm):
             raise _not_finite(step, norm)
-        lr = learning_rate(step, num_steps=self.run.num_steps, optim=optim)
+        lr = learning_rate(
+            step,
+            num_steps=self.run.num_steps,
+            optim=optim,
+            peak=planned.lr,
+            stage_steps=planned.stage_steps,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -151,18 +143,24 @@ class Trainer:
             ],
             device=self.world.device,
         )
-        num_tokens = planned.pieces.shape[0] * planned.bucket_len
+        num_tokens, time_s = step_tokens(planned), largest[0]
+        flops_per_s = step_flops(self.run.config.model, planned) / time_s / self.world.size
+        peak = self.run.config.tracking.peak_flops
         return StepRecord(
             step=step,
             tokens=self.tokens + num_tokens,
-            loss=sums[0] / planned.num_targets,
+            loss=sums[0] / max(1, planned.num_targets),
             lr=lr,
             grad_norm=norm,
             bucket_len=planned.bucket_len,
-            num_sequences=planned.pieces.shape[0],
+            num_sequences=planned.num_rows,
+            num_documents=len(planned.pieces),
+            window=planned.window,
             cp_degree=mesh.sizes.cp_degree,
-            step_time_s=largest[0],
-            tokens_per_s=num_tokens / largest[0],
+            step_time_s=time_s,
+            tokens_per_s=num_tokens / time_s,
+            flops_per_s=flops_per_s,
+            mfu=None if peak is None else flops_per_s / peak,
             comm_exposed_s=largest[1],
             moved_bytes=int(sums[1]),
             max_memory_bytes=int(largest[2]),
@@ -192,6 +190,11 @@ class Trainer:
     def _save_due(self) -> bool:
         every = self.run.config.checkpoint.every
         return self.step == self._last_step() or (every is not None and self.step % every == 0)
+
+    def _log_by_length(self) -> None:
+        stats = by_length(read_metrics(Path(self.run.config.train.run_dir)))
+        for line in length_table(stats):
+            _LOG.info(line)
 
     def _shard_for(self, bucket_len: int) -> RowShard:
         return row_shard(self.mesh.for_length(bucket_len), bucket_len=bucket_len)
@@ -239,93 +242,6 @@ class Trainer:
             first_step=self.step,
             num_steps=self.run.num_steps,
         )
-
-
-def build_model(config: Config) -> Transformer:
-    """The model that a config describes, not yet with its starting weights."""
-    return Transformer(
-        config.model,
-        dtype=_DTYPES[config.train.dtype],
-        recompute=config.train.recompute == "layer",
-        loss_chunk=config.train.loss_chunk,
-    )
-
-
-def starting_value(name: str, shape: torch.Size, *, config: Config) -> Tensor:
-    """The value of a parameter at step 0, the same on all ranks."""
-    return initialise(name, shape, config=config.model, seed=config.train.seed)
-
-
-def build_engine(
-    config: Config, *, world: World, start: Callable[..., Tensor] = starting_value
-) -> Engine:
-    """The model with its starting weights, spread over the world.
-
-    Args:
-        config: of the run.
-        world: all ranks; every rank must call it.
-        start: called as `starting_value`, once a parameter.
-    """
-    with torch.device("meta"):
-        model = build_model(config)
-    return make_engine(
-        model,
-        kind=config.parallel.engine,
-        world=world,
-        dtype=_DTYPES[config.train.dtype],
-        initialise=partial(start, config=config),
-    )
-
-
-def row_shard(mesh: ContextMesh, *, bucket_len: int) -> RowShard:
-    """What the loader reads for this rank in the steps of one length."""
-    held = positions(
-        bucket_len,
-        rank=mesh.cp_rank,
-        world_size=mesh.sizes.cp_degree,
-        layout=mesh.layout,
-    )
-    return RowShard(
-        dp_rank=mesh.dp_rank,
-        dp_degree=mesh.sizes.dp_degree,
-        rows=mesh.sizes.rows,
-        positions=held.numpy(),
-    )
-
-
-def accumulate_gradients(
-    engine: Engine,
-    batches: Sequence[Microbatch],
-    *,
-    mesh: ContextMesh,
-    world: World,
-    num_targets: int,
-) -> Tensor:
-    """Forward and backward of a step's microbatches; gradients end up averaged over the ranks.
-
-    Args:
-        engine: holds the model; its gradients are empty.
-        batches: this rank's share of the step.
-        mesh: of the step's length.
-        world: all ranks.
-        num_targets: of the whole step.
-
-    Returns:
-        Sum of the losses of this rank's tokens, a scalar without gradient.
-    """
-    total = torch.zeros((), device=world.device)
-    for index, batch in enumerate(batches):
-        with engine.microbatch(last=index == len(batches) - 1):
-            loss_sum = engine.model(
-                batch.tokens.to(world.device, non_blocking=True),
-                targets=batch.targets.to(world.device, non_blocking=True),
-                positions=batch.positions.to(world.device, non_blocking=True),
-                mesh=mesh,
-                cu_seqlens=batch.cu_seqlens,
-            )
-            (loss_sum * (world.size / num_targets)).backward()
-        total += loss_sum.detach()
-    return total
 
 
 def _model_line(run: RunPlan) -> str:

@@ -18,7 +18,10 @@ LAYERS = {
     "ringctx.run_plan": 5,
     "ringctx.checkpoint": 5,
     "ringctx.tracking": 5,
+    "ringctx.by_length": 5,
+    "ringctx.model_cost": 6,
     "ringctx.resume": 6,
+    "ringctx.train_step": 6,
     "ringctx.trainer": 7,
     "ringctx.launch": 8,
 }

@@ -15,9 +15,7 @@ from ringctx.model import (
     Rows,
     SoftmaxMixer,
     Transformer,
-    flops_per_token,
     initialise,
-    parameter_count,
     rotary_table,
     rotate,
 )
@@ -43,7 +41,13 @@ def build(config: ModelConfig, **options: object) -> Transformer:
 
 
 def loss_of(
-    model: Transformer, tokens: Tensor, targets: Tensor, *, cu_seqlens: Sequence[int] | None = None
+    model: Transformer,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    cu_seqlens: Sequence[int] | None = None,
+    window: int | None = None,
+    rope_theta: float | None = None,
 ) -> Tensor:
     loss: Tensor = model(
         tokens,
@@ -51,6 +55,8 @@ def loss_of(
         positions=torch.arange(tokens.shape[1]),
         mesh=solo_mesh(),
         cu_seqlens=cu_seqlens,
+        window=window,
+        rope_theta=rope_theta,
     )
     return loss
 
@@ -58,54 +64,6 @@ def loss_of(
 def rows(batch: int, length: int) -> tuple[Tensor, Tensor]:
     whole = torch.randint(0, 61, (batch, length + 1))
     return whole[:, :-1].clone(), whole[:, 1:].clone()
-
-
-@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
-def test_parameter_count_is_that_of_the_model(tie: bool, qk_norm: bool) -> None:
-    config = ModelConfig(
-        vocab_size=61, dim=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8,
-        tie_embeddings=tie, qk_norm=qk_norm,
-    )  # fmt: skip
-    model = Transformer(config)
-    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
-
-
-def test_flops_are_six_for_each_weight_and_half_the_square_for_attention() -> None:
-    embedding = 61 * 24
-    norms = CONFIG.num_layers * 2 * 24 + 24
-    weights = parameter_count(CONFIG) - embedding - norms
-    assert flops_per_token(CONFIG, seq_len=0) == 6 * weights
-    # Forward: two products over 513 / 2 keys on average, 2 FLOPs each; backward twice that.
-    attention = 3 * 2 * 2 * CONFIG.num_layers * 24 * 513 / 2
-    assert flops_per_token(CONFIG, seq_len=512) - 6 * weights == attention
-
-
-@pytest.mark.parametrize("borders", [(0, 50), (0, 1, 8, 29, 50)], ids=str)
-@pytest.mark.parametrize("sight", [(1, 0), (7, 0), (7, 3), (7, 30), (49, 2), (64, 9)], ids=str)
-def test_flops_count_just_the_keys_that_a_layer_sees(
-    sight: tuple[int, int], borders: tuple[int, ...]
-) -> None:
-    window, sinks = sight
-    config = replace(CONFIG, num_layers=3, mixers="SW", window=window, sinks=sinks)
-    full = sum(visible(length) for length in lengths_of(borders))
-    near = sum(visible(length, window, sinks) for length in lengths_of(borders))
-    flops = flops_per_token(config, seq_len=50, cu_seqlens=borders)
-    matrices = flops_per_token(config, seq_len=0)
-    assert flops - matrices == pytest.approx(12 * 24 * (2 * full + near) / 50)
-
-
-def lengths_of(borders: Sequence[int]) -> list[int]:
-    return [end - begin for begin, end in pairwise(borders)]
-
-
-def visible(length: int, window: int | None = None, sinks: int = 0) -> int:
-    """Pairs of a query and a key that it sees, counted one by one."""
-    return sum(
-        window is None or query - key < window or key < sinks
-        for query in range(length)
-        for key in range(query + 1)
-    )
 
 
 def test_an_untrained_model_is_little_worse_than_an_even_guess() -> None:
@@ -143,6 +101,42 @@ def test_a_token_reaches_the_window_behind_it_and_a_sink_everything(sinks: int) 
     assert changed_by(1) == list(range(1, 20 if sinks else 6))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "own", "largest", "same"),
+    [
+        ("S", None, 5, ("W", 5)),
+        ("W", 5, 9, ("W", 5)),
+        ("W", 9, 5, ("W", 5)),
+        ("SW", 9, 5, ("W", 5)),
+        ("S", None, 30, ("S", None)),
+    ],
+)
+def test_the_window_of_a_forward_caps_that_of_every_layer(
+    pattern: str, own: int | None, largest: int, same: tuple[str, int | None]
+) -> None:
+    tokens, targets = rows(2, 30)
+    capped = build(replace(CONFIG, mixers=pattern, window=own))
+    other = build(replace(CONFIG, mixers=same[0], window=same[1]))
+    loss = loss_of(capped, tokens, targets, window=largest)
+    assert torch.equal(loss, loss_of(other, tokens, targets))
+
+
+def test_a_window_of_a_forward_leaves_a_layer_its_sinks() -> None:
+    tokens, targets = rows(2, 30)
+    wide, near = (build(replace(CONFIG, mixers="W", window=window, sinks=2)) for window in (12, 5))
+    loss = loss_of(wide, tokens, targets, window=5)
+    assert torch.equal(loss, loss_of(near, tokens, targets))
+    assert not torch.equal(loss, loss_of(wide, tokens, targets))
+
+
+def test_the_theta_of_a_forward_takes_the_place_of_the_configs() -> None:
+    tokens, targets = rows(2, 30)
+    one, other = (build(replace(CONFIG, rope_theta=theta)) for theta in (1e4, 30.0))
+    loss = loss_of(one, tokens, targets, rope_theta=30.0)
+    assert torch.equal(loss, loss_of(other, tokens, targets))
+    assert not torch.equal(loss, loss_of(one, tokens, targets))
+
+
 @pytest.mark.parametrize("letter", ["S", "W"])
 def test_a_softmax_mixer_is_the_naive_attention_of_its_layer(letter: str) -> None:
     window, sinks = (6, 1) if letter == "W" else (None, 0)
@@ -162,7 +156,7 @@ def test_a_softmax_mixer_is_the_naive_attention_of_its_layer(letter: str) -> Non
         window=window,
         sinks=sinks,
     )
-    out = mixer(x, Rows(rotary=rotary, mesh=solo_mesh(), cu_seqlens=None))
+    out = mixer(x, Rows(rotary=rotary, mesh=solo_mesh(), cu_seqlens=None, window=None))
     assert_close(out, mixer.out(expected.flatten(-2)))
 
 

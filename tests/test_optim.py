@@ -31,6 +31,22 @@ def test_no_warm_up_starts_near_the_peak() -> None:
     assert learning_rate(0, num_steps=100, optim=optim) > 0.999
 
 
+def test_a_stage_has_its_own_peak_and_its_own_rise_and_fall() -> None:
+    stage = [
+        learning_rate(step, num_steps=40, optim=OPTIM, peak=1.0, stage_steps=(20, 32))
+        for step in range(20, 32)
+    ]
+    assert stage == [rate / 2 for rate in rates(12)]
+
+
+def test_a_stage_that_the_run_does_not_finish_ends_with_the_run() -> None:
+    stage = [
+        learning_rate(step, num_steps=32, optim=OPTIM, peak=2.0, stage_steps=(20, 99))
+        for step in range(20, 32)
+    ]
+    assert stage == rates(12)
+
+
 def test_only_matrices_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=True), nn.LayerNorm(3))
     groups = make_optimizer(model, config=OptimConfig(weight_decay=0.1)).param_groups

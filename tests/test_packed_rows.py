@@ -16,7 +16,8 @@ from ringctx.parallel.comm import SoloGroup
 from ringctx.parallel.mesh import ContextMesh, context_mesh
 from ringctx.parallel.model_states import whole
 from ringctx.run_plan import RunPlan
-from ringctx.trainer import Trainer, accumulate_gradients, build_model, starting_value
+from ringctx.train_step import accumulate_gradients, build_model, starting_value
+from ringctx.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.tiny import run_plan, world, write_config, write_dataset
 from tests.tolerances import assert_close

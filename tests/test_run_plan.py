@@ -47,10 +47,13 @@ def test_the_table_says_how_heads_and_tokens_share_a_ring(folder: Path) -> None:
 
 def test_the_table_accounts_for_every_token(folder: Path) -> None:
     run = run_plan(folder, "train.steps=null")
-    (line,) = [line for line in layout_table(run) if "are in no step" in line]
-    dropped = run.dataset.num_tokens - len(run.plan) * 256
-    assert f"{dropped:,} tokens are in no step" in line
-    assert f"plan: {len(run.plan):,} steps of 256 tokens" in line
+    (line,) = [line for line in layout_table(run) if "tokens: in steps" in line]
+    whole, *parts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens|\()", line)]
+    assert parts[0] == len(run.plan) * 256
+    assert whole == sum(parts) == run.dataset.num_tokens
+    assert sum(float(share) for share in re.findall(r"([\d.]+)%", line)) == pytest.approx(
+        100, abs=0.1
+    )
 
 
 def test_null_steps_are_the_whole_plan_and_stay_null_in_the_config(folder: Path) -> None:

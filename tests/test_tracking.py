@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 from ringctx.config import TrackingConfig
+from ringctx.errors import ConfigError
 from ringctx.tracking import StepRecord, Tracker, read_metrics
 
 
 def record(step: int, loss: float = 1.5) -> StepRecord:
     return StepRecord(
         step=step, tokens=100 * (step + 1), loss=loss, lr=1e-3, grad_norm=0.5, bucket_len=256,
-        num_sequences=4, cp_degree=1, step_time_s=0.1, tokens_per_s=1000.0, comm_exposed_s=0.0,
-        moved_bytes=0, max_memory_bytes=1,
+        num_sequences=4, num_documents=4, window=None, cp_degree=1, step_time_s=0.1,
+        tokens_per_s=1000.0, flops_per_s=1e9, mfu=None, comm_exposed_s=0.0, moved_bytes=0,
+        max_memory_bytes=1,
     )  # fmt: skip
 
 
@@ -137,3 +139,8 @@ def test_a_terminal_shows_a_bar_with_loss_speed_and_length(tmp_path: Path) -> No
     assert result.returncode == 0
     assert "100% 5/5 [00:00<00:00" in shown
     assert "loss 1.5000  1,000 tok/s  len 256 (cp 1)" in shown
+
+
+def test_rejects_a_peak_that_is_no_rate() -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.peak_flops=0\.0 must be above 0"):
+        TrackingConfig(peak_flops=0.0)

@@ -16,7 +16,8 @@ from ringctx.config import TopologyConfig
 from ringctx.errors import TrainingError
 from ringctx.parallel import ring_attention
 from ringctx.tracking import read_metrics
-from ringctx.trainer import Trainer, accumulate_gradients
+from ringctx.train_step import accumulate_gradients
+from ringctx.trainer import Trainer
 from tests.ranks import RankError, run_ranks
 from tests.tiny import begin, run_plan, train_here, world, write_config, write_dataset
 

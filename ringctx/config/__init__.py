@@ -5,7 +5,8 @@ what depends on the dataset or the number of ranks is checked where that is know
 `ringctx.config_file` reads and writes the YAML.
 """
 
-from ringctx.config.data import CurriculumConfig, DataConfig
+from ringctx.config.curriculum import NAMED_ODDS, CurriculumConfig, StageConfig
+from ringctx.config.data import DataConfig
 from ringctx.config.model import MIXERS, ModelConfig
 from ringctx.config.parallel import (
     Layout,
@@ -19,6 +20,7 @@ from ringctx.config.training import CheckpointConfig, OptimConfig, TrackingConfi
 
 __all__ = [
     "MIXERS",
+    "NAMED_ODDS",
     "CheckpointConfig",
     "Config",
     "CurriculumConfig",
@@ -28,6 +30,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "Schedule",
+    "StageConfig",
     "TopologyConfig",
     "TopologyKind",
     "TrackingConfig",

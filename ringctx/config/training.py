@@ -133,7 +133,17 @@ class TrackingConfig:
     """Steps between log lines where standard error is not a terminal."""
     wandb: str | None = None
     """Weights & Biases project; null: off. Offline when there is no key."""
+    peak_flops: float | None = None
+    """FLOP/s of one rank at its best in train.dtype, for the mfu of a step; null: no mfu."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require([(self.log_every > 0, f"tracking.log_every={self.log_every} must be positive")])
+        require(
+            [
+                (self.log_every > 0, f"tracking.log_every={self.log_every} must be positive"),
+                (
+                    self.peak_flops is None or self.peak_flops > 0,
+                    f"tracking.peak_flops={self.peak_flops} must be above 0, or null for no mfu",
+                ),
+            ]
+        )

@@ -17,26 +17,79 @@ STRIDE = 2**20
 class MadeUpDocuments:
     """Documents without files; counts the tokens that are read."""
 
-    def __init__(self, lengths: Sequence[int], *, fingerprint: str = "made-up") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        fingerprint: str = "made-up",
+        sources: Sequence[int] | None = None,
+        source_names: Sequence[str] = (),
+        loss: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """`sources`: of each document; `loss`: of all tokens, the documents one after another."""
         self.lengths = np.array(lengths, dtype=np.int64)
         self.fingerprint = fingerprint
         self.vocab_size = len(lengths) * STRIDE
+        self.source_names = tuple(source_names)
+        self.sources = None if sources is None else np.array(sources, dtype=np.uint16)
+        assert (self.sources is None) == (not source_names)
+        assert loss is None or len(loss) == self.lengths.sum()
+        self.loss = loss
         self.tokens_read = 0
+
+    @property
+    def has_loss_bits(self) -> bool:
+        return self.loss is not None
 
     def read(
         self, documents: NDArray[np.int64], starts: NDArray[np.int64], length: int
     ) -> NDArray[np.uint32]:
-        assert (starts >= 0).all() and (starts + length <= self.lengths[documents]).all()
-        self.tokens_read += len(documents) * length
-        first = documents * STRIDE + starts
-        return (first[:, None] + np.arange(length)).astype(np.uint32)
+        lengths = np.full(len(documents), length)
+        return self.read_spans(documents, starts, lengths).reshape(len(documents), length)
+
+    def read_spans(
+        self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.uint32]:
+        assert (starts >= 0).all() and (starts + lengths <= self.lengths[documents]).all()
+        self.tokens_read += int(lengths.sum())
+        return spans(documents * STRIDE + starts, lengths).astype(np.uint32)
+
+    def read_loss(
+        self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        assert self.loss is not None, "only asked where there are loss bits"
+        assert (starts >= 0).all() and (starts + lengths <= self.lengths[documents]).all()
+        first = np.concatenate([[0], np.cumsum(self.lengths)])[documents] + starts
+        return self.loss[spans(first, lengths)]
 
 
-def write_documents(path: Path, documents: Sequence[Sequence[int]], *, shard_bytes: int) -> Path:
-    """A dataset of these ids, in the `bytes` vocabulary."""
-    with DatasetWriter(path, tokenizer=ByteTokenizer(), shard_bytes=shard_bytes) as writer:
-        for document in documents:
-            writer.add(np.array(document), np.array([len(document)]))
+def spans(first: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`first[0], first[0] + 1, ...`: the numbers of spans, one after another."""
+    numbers = [np.arange(a, a + n) for a, n in zip(first, lengths, strict=True)]
+    return np.concatenate(numbers, dtype=np.int64) if numbers else np.empty(0, dtype=np.int64)
+
+
+def write_documents(
+    path: Path,
+    documents: Sequence[Sequence[int]],
+    *,
+    shard_bytes: int,
+    sources: Sequence[int] | None = None,
+    source_names: Sequence[str] = (),
+    loss: Sequence[Sequence[bool] | None] | None = None,
+) -> Path:
+    """A dataset of these ids, in the `bytes` vocabulary; sources and loss are by document."""
+    with DatasetWriter(
+        path, tokenizer=ByteTokenizer(), shard_bytes=shard_bytes, sources=source_names
+    ) as writer:
+        for i, document in enumerate(documents):
+            bits = None if loss is None else loss[i]
+            writer.add(
+                np.array(document),
+                np.array([len(document)]),
+                sources=None if sources is None else np.array([sources[i]], dtype=np.uint16),
+                loss=None if bits is None else np.array(bits),
+            )
         writer.finish(built_from={})
     return path
 

@@ -28,7 +28,11 @@ def rewrite(path: Path, name: str, content: np.ndarray) -> None:
     manifest = json.loads((path / "dataset.json").read_text())
     del manifest["checksum"]
     shard = manifest["shards"][int(name[6:11])]
-    if name.endswith(".npy"):
+    if name.endswith(".src.npy"):
+        shard["sources_hash"] = hash_file(file)
+    elif name.endswith(".loss.bin"):
+        shard["loss_hash"] = hash_file(file)
+    elif name.endswith(".npy"):
         shard["offsets_hash"] = hash_file(file)
     else:
         shard["tokens_hash"], shard["tokens_sample"] = hash_file(file), hash_sample(file)
@@ -72,3 +76,73 @@ def test_offsets_that_cannot_be_are_found(path: Path, offsets: list[int], messag
     rewrite(path, "shard-00000.off.npy", np.array(offsets))
     (problem,) = check_dataset(path)
     assert message in problem
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A dataset that has everything: sources and loss bits."""
+    return write_documents(
+        tmp_path / "full",
+        DOCUMENTS,
+        shard_bytes=10,
+        sources=[0, 1, 1],
+        source_names=["x", "y"],
+        loss=[None, [True, False], [False, True, True]],
+    )
+
+
+def test_a_sound_dataset_with_sources_and_loss_bits_has_no_problems(full: Path) -> None:
+    assert sorted(path.name for path in full.glob("shard-00001*")) == [
+        "shard-00001.bin",
+        "shard-00001.loss.bin",
+        "shard-00001.off.npy",
+        "shard-00001.src.npy",
+    ]
+    assert check_dataset(full) == []
+
+
+@pytest.mark.parametrize("name", ["shard-00000.src.npy", "shard-00001.loss.bin"])
+def test_sources_and_loss_bits_that_are_missing_or_changed_are_found(full: Path, name: str) -> None:
+    content = bytearray((full / name).read_bytes())
+    content[-1] ^= 1
+    (full / name).write_bytes(content)
+    (problem,) = check_dataset(full)
+    assert f"{name} was changed after the build" in problem
+    (full / name).unlink()
+    (problem,) = check_dataset(full)
+    assert f"{name} is missing" in problem
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.array([0, 2], dtype=np.uint16), "document 1 of this shard has source 2, but the manif"),
+        (np.array([0], dtype=np.uint16), "holds uint16 [1], expected uint16 [2]"),
+        (np.array([0, 1], dtype=np.int64), "holds int64 [2], expected uint16 [2]"),
+    ],
+)
+def test_sources_that_cannot_be_are_found(full: Path, content: np.ndarray, message: str) -> None:
+    rewrite(full, "shard-00000.src.npy", content)
+    (problem,) = check_dataset(full)
+    assert message in problem
+
+
+def test_a_loss_file_of_another_size_is_found(full: Path) -> None:
+    rewrite(full, "shard-00001.loss.bin", np.zeros(2, dtype=np.uint8))
+    (problem,) = check_dataset(full)
+    assert "shard-00001.loss.bin holds 2 bytes, but the manifest says 1 for one bit of 3" in problem
+
+
+@pytest.mark.parametrize(
+    "sources", [[], ["x"], ["x", "x"], ["x", ""], ["x", 3], ["a@b", "y"], None]
+)
+def test_a_manifest_whose_sources_cannot_be_is_refused(full: Path, sources: object) -> None:
+    raw = json.loads((full / "dataset.json").read_text())
+    del raw["checksum"]
+    raw["sources"] = sources
+    if sources == ["x"]:
+        del raw["shards"][0]["sources_hash"]
+    raw["checksum"] = hash_json(raw)
+    (full / "dataset.json").write_text(json.dumps(raw))
+    (problem,) = check_dataset(full)
+    assert "is not a dataset manifest" in problem

@@ -21,7 +21,7 @@ def schedule(
     """A schedule over buckets of lengths 16, 32, ..."""
     lengths = [2 ** (4 + k) for k in range(len(pieces))]
     curriculum = CurriculumConfig(
-        odds=odds,  # type: ignore[arg-type]
+        odds=odds,
         cycles=cycles,
         min_len=lengths[0],
         max_len=lengths[-1],

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from ringctx.data.loader import Loader, Microbatch, RowShard
-from ringctx.data.plan import Plan, Step
+from ringctx.data.plan import Plan
+from ringctx.data.steps import Step
 from ringctx.errors import DatasetError
 from ringctx.ops.losses import IGNORE_INDEX
 from tests.data.samples import STRIDE, MadeUpDocuments
@@ -190,11 +191,11 @@ class BrokenDocuments(MadeUpDocuments):
 
     calls = 0
 
-    def read(self, *args: Any) -> NDArray[np.uint32]:
+    def read_spans(self, *args: Any) -> NDArray[np.uint32]:
         self.calls += 1
         if self.calls > 4:
             raise OSError("the disk is gone")
-        return super().read(*args)
+        return super().read_spans(*args)
 
 
 def test_an_error_of_the_reading_thread_reaches_the_caller() -> None:
@@ -208,8 +209,8 @@ def test_an_error_of_the_reading_thread_reaches_the_caller() -> None:
 @pytest.mark.parametrize("at", [100, 128])
 def test_a_token_outside_the_vocabulary_is_named_before_it_is_used(at: int) -> None:
     class OneBadToken(MadeUpDocuments):
-        def read(self, *args: Any) -> NDArray[np.uint32]:
-            tokens = super().read(*args)
+        def read_spans(self, *args: Any) -> NDArray[np.uint32]:
+            tokens = super().read_spans(*args)
             return np.where(tokens == at, np.uint32(2**31), tokens)
 
     # Offset 128 is a target (of the first piece) before it is a token.

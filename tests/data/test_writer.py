@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ringctx.data.documents import open_dataset
 from ringctx.data.tokenizers import ByteTokenizer
@@ -137,3 +139,44 @@ def test_remains_under_the_same_process_number_are_not_mixed_in(tmp_path: Path) 
 def test_shards_start_after_the_document_that_reaches_their_size(tmp_path: Path) -> None:
     path = write_documents(tmp_path / "data", DOCUMENTS, shard_bytes=8)
     assert [shard.documents for shard in open_dataset(path).manifest.shards] == [2, 1]
+
+
+@given(data=st.data())
+def test_loss_bits_do_not_depend_on_how_documents_are_added(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
+    bits = np.array(data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=999)))
+    bits = bits[: sum(lengths)]
+    cut = data.draw(st.integers(0, len(lengths)))
+    folder = tmp_path_factory.mktemp("bits")
+    for name, groups in {"once": [lengths], "twice": [lengths[:cut], lengths[cut:]]}.items():
+        with DatasetWriter(folder / name, tokenizer=ByteTokenizer()) as writer:
+            at = 0
+            for group in groups:
+                part = bits[at : at + sum(group)]
+                # All targets is the same as not to say.
+                loss = None if part.all() else part
+                writer.add(np.ones(sum(group)), np.array(group, dtype=np.int64), loss=loss)
+                at += sum(group)
+            writer.finish(built_from={})
+    once, twice = (open_dataset(folder / name) for name in ("once", "twice"))
+    assert once.fingerprint == twice.fingerprint
+    every = np.arange(len(lengths)), np.zeros(len(lengths), np.int64), np.array(lengths)
+    assert once.read_loss(*every).tolist() == bits.tolist()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "b@64k"], "source name 'b@64k' may hold letters, digits"),
+        ([""], "source name '' may hold"),
+        (["a", "a"], "source names a, a are not all different"),
+        ([f"s{i}" for i in range(65_537)], "65,537 sources are more than 65,536"),
+    ],
+)
+def test_rejects_names_of_sources_that_cannot_be(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DatasetWriter(tmp_path / "data", tokenizer=ByteTokenizer(), sources=names)

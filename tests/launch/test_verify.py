@@ -1,5 +1,6 @@
 """`verify` must find a layout that is wrong, not only pass one that is right."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch.distributed as dist
 
 from ringctx.launch import verify
 from ringctx.parallel.mesh import World
-from ringctx.trainer import accumulate_gradients
+from ringctx.train_step import accumulate_gradients
+from tests.data.packed_steps import PlanByHand, concatenated
 from tests.ranks import run_ranks
 from tests.tiny import read_config, run_plan, world, write_config, write_dataset
 
@@ -50,6 +52,36 @@ def test_every_layout_equals_one_process(
         assert result.largest < 1e-4, result.parameter
 
 
+def _compare_packed(folder: Path, overrides: tuple[str, ...]) -> list[verify.Comparison]:
+    run = run_plan(folder, *overrides, world_size=dist.get_world_size())
+    lengths = run.dataset.lengths.tolist()
+    plan = PlanByHand(
+        concatenated(lengths, rows=3, bucket_len=128, step=0, doc_mask=True),
+        concatenated(lengths, rows=3, bucket_len=64, step=1, doc_mask=False, window=9),
+        concatenated(lengths, rows=3, bucket_len=128, step=2, doc_mask=True),
+        concatenated(lengths, rows=3, bucket_len=128, step=3, doc_mask=True, rope_theta=50.0),
+    )
+    run = replace(run, plan=plan, num_steps=4)  # type: ignore[arg-type]
+    return list(verify.compare(run, world=world()))
+
+
+@pytest.mark.proves("ringctx verify: packed steps, windows and thetas", on="CPU/gloo")
+def test_packed_steps_are_compared_once_a_length_and_again_where_the_last_differs(
+    folder: Path,
+) -> None:
+    overrides = ("parallel.tokens_per_rank=64", "parallel.ulysses_degree=2")
+    results = run_ranks(4, _compare_packed, folder, overrides)[0]
+    assert [(r.bucket_len, r.cp_degree, r.window) for r in results] == [
+        (64, 1, 9),
+        (128, 2, None),
+        (128, 2, None),
+    ]
+    assert results[1].loss != results[2].loss, "theta counts"
+    for result in results:
+        assert result.loss_difference < 1e-5
+        assert result.largest < 1e-4, result.parameter
+
+
 def halved(*args: object, world: World, **options: object) -> torch.Tensor:
     """Gradients half as large as they should be on two ranks."""
     smaller = World(rank=world.rank, size=1, device=world.device)
@@ -79,9 +111,15 @@ def test_the_exit_code_is_1_if_and_only_if_something_differs(folder: Path) -> No
     assert run_ranks(2, _verify_with_a_wrong_scale, folder) == [1, 1]
 
 
+def test_gradients_that_are_0_in_both_do_not_differ() -> None:
+    nothing, something = torch.zeros(3), torch.tensor([0.0, 1.0, 0.0])
+    assert verify._difference(nothing, nothing) == 0
+    assert verify._difference(something, nothing) > 1e6
+
+
 def test_a_gradient_that_is_no_number_is_the_largest_difference() -> None:
     result = verify.Comparison(
-        bucket_len=16, cp_degree=1, loss=1.0, loss_alone=1.0,
+        bucket_len=16, cp_degree=1, window=None, loss=1.0, loss_alone=1.0,
         differences={"a": 0.5, "b": float("nan"), "c": 0.1},
     )  # fmt: skip
     assert result.parameter == "b"
