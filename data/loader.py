@@ -2,7 +2,7 @@
 
 What a rank holds of its rows are spans of documents (`row_spans`), gathered from the memory map
 with one peeked token after each, so that shifting targets needs no communication. One path serves
-rows of one piece and packed rows: gathering equal spans as a table was no faster.
+rows of one piece, packed rows, and rows joined under document masks.
 Price: local tokens plus one a span are read; int64 tokens and targets of two steps are held.
 """
 
@@ -148,36 +148,32 @@ class Loader:
 
     def _fill(self, spans: Spans, tokens: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
         """Read spans into tokens and targets, `[rows * local_len]` each; the rest is padding."""
-        ahead = spans.starts + spans.lengths < self._lengths[spans.documents]
-        lengths = spans.lengths + ahead
-        read = self._read(spans.documents, spans.starts, lengths)
-        # Peeked tokens are targets only.
-        own = np.ones(len(read), dtype=np.bool_)
-        own[np.cumsum(lengths)[ahead] - 1] = False
-        # The narrow type of the disk for as long as possible: memory is what this waits for.
-        following = np.append(read[1:], read[:1])[own]
-        read, no_target = read[own], self._no_target(spans, ahead)
-        gaps = spans.gaps()
+        read = self._read(spans.documents, spans.starts, spans.lengths)
         if len(read) < len(tokens):
             tokens[:], targets[:] = 0, IGNORE_INDEX
-        for some, places in gaps.stretches():
-            tokens[places], targets[places] = read[some], following[some]
-        targets[gaps.place(no_target)] = IGNORE_INDEX
+        for some, places in spans.stretches():
+            tokens[places] = read[some]
+            targets[places.start : places.stop - 1] = read[some][1:]
+        # What follows the last token of a span is not in it.
+        peek = spans.starts + spans.lengths
+        ahead = peek < self._lengths[spans.documents]
+        last = spans.places + spans.lengths - 1
+        targets[last[~ahead]] = IGNORE_INDEX
+        targets[last[ahead]] = self._read(
+            spans.documents[ahead], peek[ahead], np.ones_like(peek[ahead])
+        )
+        if self._dataset.has_loss_bits:
+            self._drop_targets(spans, ahead, targets)
 
-    def _no_target(self, spans: Spans, ahead: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Which tokens of the spans, counted through, have no target."""
-        ends = np.cumsum(spans.lengths)
-        at_end = ends[~ahead] - 1
-        if not self._dataset.has_loss_bits:
-            return at_end
-        with_next = np.ones(int(spans.lengths.sum()), dtype=np.bool_)
-        with_next[at_end] = False
-        # Of each span, those of its tokens that are followed by one.
+    def _drop_targets(
+        self, spans: Spans, ahead: NDArray[np.bool_], targets: NDArray[np.int64]
+    ) -> None:
+        """Take away the targets whose loss bit is off."""
+        # Of each span, those of its tokens that another one follows.
         lengths = spans.lengths - ~ahead
         some = lengths > 0
         bits = self._dataset.read_loss(spans.documents[some], spans.starts[some] + 1, lengths[some])
-        with_next[with_next] = bits
-        return np.flatnonzero(~with_next)
+        targets[np.flatnonzero(targets != IGNORE_INDEX)[~bits]] = IGNORE_INDEX
 
     def _read(
         self,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ringctx.data.balance import visible_pairs
 from ringctx.data.steps import Step
 
-__all__ = ["Gaps", "Line", "Runs", "Spans", "held_spans", "lay_out", "row_costs"]
+__all__ = ["Line", "Runs", "Spans", "held_spans", "lay_out", "row_costs"]
 
 Ints = NDArray[np.int64]
 
@@ -80,33 +80,14 @@ class Spans:
     places: Ints
     """Where each begins among the tokens that the rank holds, padding included."""
 
-    def gaps(self) -> "Gaps":
-        """What padding lies before each span."""
-        ends = np.cumsum(self.lengths)
-        return Gaps(ends, self.places - (ends - self.lengths))
-
-
-@dataclass(frozen=True, eq=False)
-class Gaps:
-    """Between spans, counted in tokens that are not padding, and their places."""
-
-    ends: Ints
-    """Tokens of each span and of those before it."""
-    padding: Ints
-    """Places before each span that are padding."""
-
-    def place(self, tokens: Ints) -> Ints:
-        """The places of some tokens."""
-        return tokens + self.padding[np.searchsorted(self.ends, tokens, side="right")]
-
     def stretches(self) -> Iterator[tuple[slice, slice]]:
-        """Tokens without padding in between, and their places."""
-        borders = np.flatnonzero(np.diff(self.padding))
-        stops = [*self.ends[borders].tolist(), *self.ends[-1:].tolist()]
-        before = [*self.padding[borders].tolist(), *self.padding[-1:].tolist()]
+        """Runs of spans without padding between them: their tokens, counted through, and places."""
+        ends = np.cumsum(self.lengths)
+        padding = self.places - (ends - self.lengths)
+        last = np.append(np.flatnonzero(np.diff(padding)), len(padding) - 1)[: len(padding)]
         begin = 0
-        for stop, gap in zip(stops, before, strict=True):
-            yield slice(begin, stop), slice(begin + gap, stop + gap)
+        for stop, before in zip(ends[last].tolist(), padding[last].tolist(), strict=True):
+            yield slice(begin, stop), slice(begin + before, stop + before)
             begin = stop
 
 
