@@ -184,9 +184,7 @@ def _write_source(name: str, out: Path, *, by_folder: bool) -> dict[str, Any]:
     }
 
 
-def _documents(
-    root: Path, recipe: Recipe, *, by_folder: bool
-) -> Iterator[tuple[str, list[Path]]]:
+def _documents(root: Path, recipe: Recipe, *, by_folder: bool) -> Iterator[tuple[str, list[Path]]]:
     """Name and files of every document, sorted."""
     found = {file for pattern in recipe.patterns for file in root.glob(pattern)}
     groups: dict[str, list[Path]] = {}

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ringctx.config import Config
 from ringctx.config_file import load_config
 from ringctx.data import Dataset, open_dataset
 from ringctx.launch.distributed import world_group
@@ -96,7 +95,10 @@ def run_variant(
     """
     torch.set_num_threads(1)
     config = load_config(config_path)
-    with world_group("cpu", timeout=timedelta(hours=1)) as world, (out / f"{name}.jsonl").open("w") as file:
+    with (
+        world_group("cpu", timeout=timedelta(hours=1)) as world,
+        (out / f"{name}.jsonl").open("w") as file,
+    ):
         trainer = Trainer(make_run_plan(config, world_size=1), world=world)
         model = _whole_model(trainer)
         seen = HeldOut(open_dataset(heldout), longest=2 * train_len)
@@ -105,19 +107,41 @@ def run_variant(
         train_losses: list[float] = []
         for planned, batches in trainer.loader.steps(0, trainer.run.num_steps):
             if planned.step in due:
-                _write(file, name, planned.step, tokens, seconds, seen.losses(model, limit=train_len))
+                _write(
+                    file, name, planned.step, tokens, seconds, seen.losses(model, limit=train_len)
+                )
                 began = time.process_time()
             record = trainer.train_step(planned, batches)
             trainer.step, trainer.tokens = planned.step + 1, record.tokens
             tokens, train_losses = record.tokens, [*train_losses, record.loss]
             now = time.process_time()
             seconds, began = seconds + now - began, now
-            _write(file, name, planned.step + 1, tokens, seconds,
-                   {"train_loss": record.loss, "bucket_len": record.bucket_len,
-                    "window": record.window})
-        _write(file, name, trainer.step, tokens, seconds, seen.losses(model, limit=2 * train_len)
-               | {"final": True, "heldout_tokens": seen.num_tokens, "edges": seen.edges,
-                  "parameters": sum(p.numel() for p in model.parameters())})
+            _write(
+                file,
+                name,
+                planned.step + 1,
+                tokens,
+                seconds,
+                {
+                    "train_loss": record.loss,
+                    "bucket_len": record.bucket_len,
+                    "window": record.window,
+                },
+            )
+        _write(
+            file,
+            name,
+            trainer.step,
+            tokens,
+            seconds,
+            seen.losses(model, limit=2 * train_len)
+            | {
+                "final": True,
+                "heldout_tokens": seen.num_tokens,
+                "edges": seen.edges,
+                "parameters": sum(p.numel() for p in model.parameters()),
+            },
+        )
 
 
 def _evaluation_steps(num_steps: int, num_evals: int) -> set[int]:

@@ -20,7 +20,7 @@ class RowBucket:
     """Rows of one length that a plan draws from."""
 
     row_len: int
-    pool: RowPool
+    pool: RowPool | MixedPool
     rows: int
     """What the whole plan may take."""
     doc_mask: bool = False
@@ -56,7 +56,7 @@ class Supply:
 class Mixture:
     """The pool of one bucket, made of one pool a source."""
 
-    pool: RowPool
+    pool: RowPool | MixedPool
     shares: tuple[SourceShare, ...]
     parts: tuple[RowPool, ...]
     """The pool of each share."""

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from ringctx.config_file import parse_size
@@ -10,6 +11,7 @@ from ringctx.data import open_dataset
 from ringctx.data.check import check_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
 from ringctx.data.stats import DatasetStats, dataset_stats
+from ringctx.launch.data_pictures import draw_stats
 from ringctx.launch.data_plan import add_plan_command
 from ringctx.launch.import_commands import add_import_command
 
@@ -61,6 +63,7 @@ def _add_stats(commands: "argparse._SubParsersAction[Any]") -> None:
         "--max-len", metavar="LEN", help="longest sequence (the longest that a document reaches)"
     )
     stats.add_argument("--json", action="store_true", help="print one JSON object")
+    stats.add_argument("--plot", type=Path, metavar="PNG", help="draw lengths and sequences")
     stats.set_defaults(run=_stats)
 
 
@@ -85,11 +88,14 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
+    dataset = open_dataset(args.dataset)
     stats = dataset_stats(
-        open_dataset(args.dataset),
+        dataset,
         min_len=parse_size(args.min_len),
         max_len=parse_size(args.max_len) if args.max_len else None,
     )
+    if args.plot is not None:
+        draw_stats(stats, dataset.lengths, args.plot)
     print(json.dumps(dataclasses.asdict(stats)) if args.json else "\n".join(_stats_lines(stats)))
     return 0
 

@@ -44,10 +44,10 @@ def _draw_documents(axes: Any, lengths: NDArray[np.int64]) -> None:
     axes.bar(at + 0.2, tokens / tokens.sum(), width=0.4, label="tokens", color="tab:blue")
     shown = at[:: max(1, len(at) // 8)]
     axes.set_xticks(shown, [length_label(2**k) for k in shown.tolist()])
-    axes.yaxis.set_major_formatter(_percent)
-    axes.set(xlabel="length of the document, from", ylabel="share", title="Documents")
-    axes.legend(frameon=False)
-    axes.grid(axis="y", alpha=0.3)
+    axes.set(xlabel="length of the document, from", title="Documents")
+    axes.margins(y=0.25)
+    axes.legend(frameon=False, loc="upper left")
+    _show_shares(axes, "share")
 
 
 def _draw_sequences(axes: Any, stats: DatasetStats) -> None:
@@ -55,14 +55,14 @@ def _draw_sequences(axes: Any, stats: DatasetStats) -> None:
     tokens = np.array([length * n for length, n in stats.buckets.items()])
     bars = axes.bar(names, tokens / max(stats.tokens, 1), color="tab:blue")
     axes.bar_label(bars, [f"{n:,}" for n in stats.buckets.values()], fontsize=7)
-    axes.yaxis.set_major_formatter(_percent)
-    axes.set(
-        xlabel="length of the sequence",
-        ylabel="share of all tokens",
-        title="Sequences (their number above the bars)",
-    )
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set(xlabel="length of the sequence", title="Sequences (their number above the bars)")
+    _show_shares(axes, "share of all tokens")
+
+
+def _show_shares(axes: Any, label: str) -> None:
+    """Whole per cent on the vertical axis."""
+    axes.set_ylabel(label)
+    axes.locator_params(axis="y", steps=[1, 2, 5, 10])
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(axis="y", alpha=0.3)
-
-
-def _percent(share: float, _: int) -> str:
-    return f"{share:.0%}"

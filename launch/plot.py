@@ -13,6 +13,7 @@ import numpy as np
 
 from ringctx.by_length import LengthStats, by_length
 from ringctx.errors import ConfigError
+from ringctx.launch.pictures import length_label, new_figure, save_figure
 from ringctx.tracking import read_metrics
 
 __all__ = ["plot_run"]
@@ -37,33 +38,22 @@ def plot_run(run_dir: Path) -> list[Path]:
     records = read_metrics(run_dir)
     if not records:
         raise ConfigError(f"{run_dir}/metrics.jsonl has no complete line yet; no step was finished")
-    figure_class, canvas_class = _matplotlib()
     report = run_dir / "report"
-    report.mkdir(exist_ok=True)
     paths = []
     for name, draw in (
         ("loss", _draw_loss),
         ("throughput", _draw_throughput),
         ("lengths", _draw_lengths),
     ):
-        figure = figure_class(figsize=(8, 4.5), layout="constrained")
-        canvas_class(figure)
+        figure = new_figure()
         draw(figure, records)
+        report.mkdir(exist_ok=True)
         paths.append(report / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
+        save_figure(figure, paths[-1])
     table = [dataclasses.asdict(stats) for stats in by_length(records)]
     paths.append(report / "by_length.json")
     paths[-1].write_text(json.dumps(table, indent=1) + "\n")
     return paths
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'ringctx[plot]'") from error
-    return Figure, FigureCanvasAgg
 
 
 def _color(length: int, lengths: list[int]) -> Any:
@@ -77,10 +67,6 @@ def _lengths(records: Records) -> list[int]:
     return sorted({record["bucket_len"] for record in records})
 
 
-def _label(length: int) -> str:
-    return f"{length // 1024}k" if length >= 1024 else str(length)
-
-
 def _draw_loss(figure: Any, records: Records) -> None:
     axes, lengths = figure.subplots(), _lengths(records)
     tokens = np.array([record["tokens"] for record in records]) / 1e6
@@ -89,7 +75,9 @@ def _draw_loss(figure: Any, records: Records) -> None:
     for length in lengths:
         own = np.array([record["bucket_len"] == length for record in records])
         color = _color(length, lengths)
-        axes.scatter(tokens[own], loss[own], s=14, color=color, label=_label(length), zorder=2)
+        axes.scatter(
+            tokens[own], loss[own], s=14, color=color, label=length_label(length), zorder=2
+        )
     axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", title="Training loss")
     axes.legend(title="sequence length", ncols=2, frameon=False)
     axes.grid(alpha=0.3)
@@ -98,7 +86,9 @@ def _draw_loss(figure: Any, records: Records) -> None:
 def _draw_throughput(figure: Any, records: Records) -> None:
     stats, lengths = by_length(records), _lengths(records)
     speed, waiting = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    names = [f"{_label(own.bucket_len)}\ncp {own.cp_degree}\n{_efficiency(own)}" for own in stats]
+    names = [
+        f"{length_label(own.bucket_len)}\ncp {own.cp_degree}\n{_efficiency(own)}" for own in stats
+    ]
     colors = [_color(own.bucket_len, lengths) for own in stats]
     speeds = [own.tokens_per_s for own in stats]
     spread = _spread(stats, records)
@@ -160,7 +150,7 @@ def _draw_lengths(figure: Any, records: Records) -> None:
             color=_color(length, lengths),
         )
     axes.set_yscale("log", base=2)
-    axes.set_yticks(lengths, [_label(length) for length in lengths])
+    axes.set_yticks(lengths, [length_label(length) for length in lengths])
     axes.set(
         xlabel="step",
         ylabel="sequence length",
