@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("corpus", type=Path, help="folder made by corpora.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the measurements")
     parser.add_argument("--tokens", default="2M", help="that each variant trains on (%(default)s)")
-    parser.add_argument("--lr", type=float, default=6e-3, help="peak (%(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak (%(default)s)")
     parser.add_argument("--evals", type=int, default=10, help="on the way (%(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--report", action="store_true", help="only print what is there")
