@@ -112,6 +112,7 @@ class PiecePool:
         seed: int,
         source: int = 0,
         pieces_per_row: int = 1,
+        start: int = 0,
     ) -> None:
         """Pool the pieces of a bucket.
 
@@ -121,8 +122,10 @@ class PiecePool:
             seed: of the run.
             source: number of the source whose documents these are.
             pieces_per_row: how many pieces fill a row.
+            start: pieces used before row 0, by a pool of the same bucket.
         """
-        self._bucket, self._lengths, self._per_row = bucket, lengths, pieces_per_row
+        self._bucket, self._lengths = bucket, lengths
+        self._per_row, self._start = pieces_per_row, start
         self._order = EpochOrder(len(bucket), seed=seed, bucket_len=bucket.length, source=source)
 
     @property
@@ -132,11 +135,13 @@ class PiecePool:
 
     def available(self, epochs: float) -> int:
         """How many rows come before any piece is used more than `epochs` times."""
-        return math.floor(epochs * len(self._bucket)) // self._per_row
+        pieces = math.floor(epochs * len(self._bucket)) - self._start
+        return max(pieces, 0) // self._per_row
 
     def rows(self, first: int, count: int) -> Rows:
         """Rows first, first + 1, ..., counted through all epochs."""
-        chosen = self._order.take(first * self._per_row, count * self._per_row)
+        begin = self._start + first * self._per_row
+        chosen = self._order.take(begin, count * self._per_row)
         pieces = np.empty((len(chosen), 3), np.int64)
         pieces[:, :2] = self._bucket.locate(chosen, self._lengths)
         pieces[:, 2] = self._bucket.length

@@ -81,7 +81,7 @@ def test_plain_weights_have_a_short_period(
 
 @settings(max_examples=20, deadline=None)
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8))
-def test_shares_are_the_weights_to_a_millionth(weights: list[float]) -> None:
+def test_shares_are_the_weights_to_a_hundred_thousandth(weights: list[float]) -> None:
     rows = share_period(tuple(weights))
     for share, weight in zip(rows, weights, strict=True):
         # A weight below the resolution still comes once a period; another one gives way.

@@ -193,6 +193,18 @@ def test_a_part_of_an_epoch_is_available_in_whole_rows() -> None:
     assert best_fit_pool(lengths).available(2.5) == 32
 
 
+def test_pools_that_start_late_go_on_where_another_one_stopped() -> None:
+    lens = np.array([30, 9, 17, 64, 12])
+    (bucket,) = decompose(lens, min_len=8, max_len=8).buckets
+    late = PiecePool(bucket, lens, seed=0, pieces_per_row=2, start=5)
+    assert tokens_of(late.rows(1, 4)) == tokens_of(piece_pool(lens.tolist()).rows(7, 8))
+    assert (late.available(1), late.available(0.1)) == ((len(bucket) - 5) // 2, 0)
+    whole = best_fit_pool(lens.tolist())
+    packed = BestFitPool(whole_documents(lens), row_len=8, seed=0, start=3)
+    assert rows_as_lists(packed.rows(1, 20)) == rows_as_lists(whole.rows(4, 20))
+    assert (packed.available(1), packed.available(0)) == (whole.available(1) - 3, 0)
+
+
 def test_remainders_fill_rows_by_themselves() -> None:
     tails: NDArray[np.int64] = np.array([[0, 16, 5], [2, 8, 6], [3, 0, 7]])
     pool = StreamPool(tails, row_len=9, seed=0)
