@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 from ringctx.data.random_cut import cut_at_random
 
-__all__ = ["Bucket", "Decomposition", "decompose", "remainders"]
+__all__ = ["Bucket", "Decomposition", "LongDocs", "decompose", "remainders"]
+
+LongDocs = Literal["greedy", "spread"]
+"""What becomes of a document that holds several longest pieces."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,7 @@ def decompose(
     *,
     min_len: int,
     max_len: int,
-    long_docs: Literal["greedy", "spread"] = "greedy",
+    long_docs: LongDocs = "greedy",
     seed: int = 0,
 ) -> Decomposition:
     """Cut documents into pieces of the lengths min_len, 2 min_len, ..., max_len.

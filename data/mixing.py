@@ -7,10 +7,12 @@ shares add up to 1, as is known from fair scheduling. Shares are fractions of on
 2^20 rows, after which the order repeats, so that one period is all that is ever computed:
 thousands of stretches of it at once, each from a guess of how its start looks, until every
 stretch ends as the next one starts.
-Price: 0.1 to 0.3 s once for the longest period; then about 0.1 us a row beside the pools' own.
+Price: 0.2 s once for the longest period (seconds for dozens of sources of very uneven weights);
+then about 0.1 us a row beside the pools' own.
 Source: Baruah et al. 1996, "Proportionate progress: a notion of fairness in resource allocation".
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,11 +49,12 @@ class MixedPool:
         lengths = {pool.row_len for pool in pools}
         assert len(lengths) == 1 and len(pools) == len(weights), (lengths, len(weights))
         self.pools = tuple(pools)
-        self.shares = share_period(weights)
-        """Rows of each source in one period."""
         self.row_len = lengths.pop()
+        self.shares = share_period(tuple(weights))
+        """Rows of each source in one period."""
         self._period = sum(self.shares)
         self._order = interleave(self.shares)
+        # Where in a period each source has its rows.
         by_source = np.argsort(self._order, kind="stable")
         self._ordinals = np.split(by_source, np.cumsum(self.shares)[:-1])
 
@@ -94,7 +97,8 @@ class MixedPool:
         return Rows.join(parts).take(place)
 
 
-def share_period(weights: Sequence[float]) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=16)
+def share_period(weights: tuple[float, ...]) -> tuple[int, ...]:
     """Weights as whole numbers of rows.
 
     Args:
@@ -120,7 +124,8 @@ def share_period(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(rows.tolist())
 
 
-def interleave(shares: Sequence[int]) -> NDArray[np.uint16]:
+@functools.lru_cache(maxsize=16)
+def interleave(shares: tuple[int, ...]) -> NDArray[np.uint16]:
     """The source of every row of a period in which each has so many rows.
 
     Args:
@@ -145,7 +150,10 @@ def interleave(shares: Sequence[int]) -> NDArray[np.uint16]:
         moved = (counts[follow] != ends).any(axis=1)
         wrong = follow[moved]
         counts[wrong] = ends[moved]
-    return sources.T.reshape(-1)[:period]
+    order = sources.T.reshape(-1)[:period]
+    # One array serves all callers.
+    order.flags.writeable = False
+    return order
 
 
 def _guess(starts: NDArray[np.int64], share: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -22,7 +22,13 @@ class BestFitPool:
     """Rows packed by best fit; shuffled every epoch, always of the same documents."""
 
     def __init__(
-        self, pieces: NDArray[np.int64], *, row_len: int, seed: int, source: int = 0
+        self,
+        pieces: NDArray[np.int64],
+        *,
+        row_len: int,
+        seed: int,
+        source: int = 0,
+        start: int = 0,
     ) -> None:
         """Pack pieces into rows.
 
@@ -31,10 +37,11 @@ class BestFitPool:
             row_len: tokens of a row.
             seed: of the run.
             source: number of the source whose documents these are.
+            start: rows used before row 0, by a pool of the same rows.
         """
         assert len(pieces) == 0 or pieces[:, 2].min() > 0, "an empty piece"
         self.row_len = row_len
-        self._rows = _pack(pieces, row_len)
+        self._rows, self._start = _pack(pieces, row_len), start
         self._order = EpochOrder(
             len(self._rows), seed=seed, bucket_len=row_len, source=source, unit="row"
         )
@@ -44,11 +51,12 @@ class BestFitPool:
 
     def available(self, epochs: float) -> int:
         """How many rows come before any row is used more than `epochs` times."""
-        return math.floor(epochs * len(self._rows))
+        return max(math.floor(epochs * len(self._rows)) - self._start, 0)
 
     def rows(self, first: int, count: int) -> Rows:
         """Rows first, first + 1, ..., counted through all epochs."""
-        return self._rows.take(self._order.take(first, count).astype(np.int64))
+        chosen = self._order.take(self._start + first, count)
+        return self._rows.take(chosen.astype(np.int64))
 
 
 def best_fit(lengths: NDArray[np.int64], *, row_len: int) -> NDArray[np.int64]:

@@ -5,8 +5,8 @@ probability 1/Z, half as long with 2/Z, and so on down to min_len: every length 
 tokens, and most pieces are short. The i-th draw of a document hangs on the seed, the document and
 i alone, so all documents are drawn at once, in blocks that bound memory.
 Price: about 0.15 us a piece; 24 bytes a piece.
-Source: the code released with Pouransari et al. 2024 (arXiv 2405.13226), where pieces overlap by
-no target and are one token longer; here every token is in exactly one piece.
+Source: the rule of the code released with Pouransari et al. 2024 (arXiv 2405.13226), whose pieces
+take one token more than their length; here every token is in exactly one piece.
 """
 
 import itertools

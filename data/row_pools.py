@@ -145,10 +145,10 @@ class PiecePool:
             seed: of the run.
             source: number of the source whose documents these are.
             pieces_per_row: how many pieces fill a row.
-            start: pieces, through all epochs, before row 0.
+            start: pieces used before row 0, by a pool of the same bucket.
         """
-        self._bucket, self._lengths, self._per_row = bucket, lengths, pieces_per_row
-        self._start = start
+        self._bucket, self._lengths = bucket, lengths
+        self._per_row, self._start = pieces_per_row, start
         self._order = EpochOrder(len(bucket), seed=seed, bucket_len=bucket.length, source=source)
 
     @property
@@ -207,6 +207,7 @@ class StreamPool:
 
     def rows(self, first: int, count: int) -> Rows:
         """Rows first, first + 1, ..., counted through all epochs."""
+        assert self.epoch_tokens or not count, (first, count)
         begin = self._start + first * self.row_len
         end = begin + count * self.row_len
         segments = [np.empty((0, 3), np.int64)]
@@ -229,7 +230,7 @@ class StreamPool:
         first, last = np.searchsorted(ends, [begin, stop - 1], side="right")
         cuts = np.unique(np.concatenate([[begin], ends[first:last], borders]))
         at = np.searchsorted(ends[first : last + 1], cuts, side="right") + first
-        segments = self._pieces[order[at]]
+        segments: NDArray[np.int64] = self._pieces[order[at]]
         segments[:, 1] += cuts - (ends[at] - segments[:, 2])
         segments[:, 2] = np.diff(cuts, append=stop)
         return segments
@@ -238,7 +239,6 @@ class StreamPool:
         """Where each piece of an epoch's order ends in that epoch's tokens."""
         last = self._last_ends
         if last is None or last[0] != epoch:
-            lengths = self._pieces[self._order.epoch(epoch), 2]
-            ends: NDArray[np.int64] = np.cumsum(lengths)
+            ends = np.cumsum(self._pieces[self._order.epoch(epoch), 2])
             self._last_ends = last = (epoch, ends)
         return last[1]
