@@ -6,6 +6,7 @@ each ended by the end-of-document id, and counts what was skipped and why.
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ def split_tasks(sources: Sequence[TextSource | LineSource]) -> Iterator[TextTask
 def encode_in_worker(task: TextTask | LineTask, tokenizer: str) -> Encoded:
     """`encode_task` with a tokenizer that each process loads once."""
     if tokenizer not in _worker_tokenizers:
+        # The build has a process a core already; the library of tokenizer.json would start threads.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         _worker_tokenizers[tokenizer] = load_tokenizer(tokenizer)
     return encode_task(task, _worker_tokenizers[tokenizer])
 

@@ -27,7 +27,7 @@ from ringctx.data.encode import (
     split_tasks,
 )
 from ringctx.data.sources import LineSource, TextSource, find_sources, parse_group_by
-from ringctx.data.tokenizers import Tokenizer, load_tokenizer
+from ringctx.data.tokenizers import Tokenizer, load_tokenizer, name_end_token
 from ringctx.data.writer import DatasetWriter
 from ringctx.errors import ConfigError, DatasetError
 
@@ -72,6 +72,7 @@ def build_dataset(
     out: str | Path,
     *,
     tokenizer: str = "bytes",
+    end_token: str | None = None,
     glob: str = "**/*",
     group_by: str = "file",
     workers: int | None = None,
@@ -82,7 +83,9 @@ def build_dataset(
     Args:
         inputs: text and JSONL files, gzipped or not, and folders of them.
         out: folder to make; it must not exist.
-        tokenizer: `bytes`, a rank file, or `path:n` for its first n ranks.
+        tokenizer: `bytes`, a rank file, `path:n` for its first n ranks, or a `tokenizer.json`.
+        end_token: the token of a `tokenizer.json` that ends documents; None: as its
+            `tokenizer_config.json` says.
         glob: which files of a folder to take.
         group_by: `file`, `dir` or `dir:DEPTH`: which files of a folder form one document.
         workers: processes; None takes all cores, and none at all for small inputs.
@@ -94,7 +97,7 @@ def build_dataset(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be at least 1")
-    encoder = load_tokenizer(tokenizer)
+    encoder = load_tokenizer(name_end_token(tokenizer, end_token))
     sources = find_sources(inputs, glob=glob, group_by=parse_group_by(group_by))
     size = sum(file.stat().st_size for source in sources for file in _files(source))
     if workers is None:

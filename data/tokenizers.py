@@ -1,14 +1,13 @@
-"""Text to ids and back: `bytes`, or a tiktoken-style file of ranks.
+"""Text to ids and back: `bytes`, a tiktoken-style file of ranks, or a `tokenizer.json`.
 
-The end-of-document id comes right after the tokenizer's own ids, so the first n ranks of a file
-are a whole, smaller tokenizer: ranks are merge order.
+For bytes and ranks the end-of-document id comes right after the tokenizer's own ids, so the first n
+ranks of a file are a whole, smaller tokenizer: ranks are merge order.
 Price: bytes cost nothing; tiktoken encodes about 5 M tokens a second on one core.
 Source: github.com/openai/tiktoken (engine, file format, and the pattern of cl100k_base).
 """
 
 import base64
 import binascii
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +16,11 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
+from ringctx.data.hf_tokenizer import load_hf_tokenizer
 from ringctx.data.manifest import hash_json, new_hash
 from ringctx.errors import ConfigError, DatasetError
 
-__all__ = ["ByteTokenizer", "RankTokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["ByteTokenizer", "RankTokenizer", "Tokenizer", "load_tokenizer", "name_end_token"]
 
 # How text is split before merging, whatever the rank file: words with their leading space, digits
 # by three, punctuation, white space. It is part of the tokenizer's hash.
@@ -30,7 +30,6 @@ PATTERN = (
 )
 
 _NUM_BYTES = 256
-_WITH_COUNT = re.compile(r"(.+):(\d+)")
 
 
 class Tokenizer(Protocol):
@@ -114,26 +113,23 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """Make the tokenizer that a text names.
 
     Args:
-        spec: `bytes`, the path of a rank file (on each line a base64 token and its rank), or
-            `path:n` for the first n ranks of that file.
+        spec: `bytes`; or the path of a rank file (on each line a base64 token and its rank), or
+            `path:n` for its first n ranks; or the path of a `tokenizer.json` or of the folder that
+            holds it, or `path:token` to name the token that ends a document.
 
     Raises:
-        ConfigError: if the name is not known, or n does not fit the file.
+        ConfigError: if the name is not known, n does not fit the file, the end token is not known,
+            or a library is missing.
         DatasetError: if the file is broken, naming the line.
     """
     if spec == ByteTokenizer.name:
         return ByteTokenizer()
-    path, count = Path(spec), None
-    match = _WITH_COUNT.fullmatch(spec)
-    if match and not path.exists():
-        path, count = Path(match[1]), int(match[2])
-    if not path.is_file():
-        raise ConfigError(
-            f"tokenizer '{spec}' is neither 'bytes' nor a rank file; a rank file may be followed "
-            "by ':n' for its first n ranks"
-        )
+    path, option = _split(spec)
+    if path.is_dir() or path.suffix == ".json":
+        return load_hf_tokenizer(spec, path, end_token=option)
     ranks = _read_ranks(path)
-    if count is not None:
+    if option is not None:
+        count = int(option) if option.isascii() and option.isdecimal() else -1
         if not _NUM_BYTES <= count <= len(ranks):
             raise ConfigError(
                 f"tokenizer '{spec}': {path} holds {len(ranks):,} ranks, so n must lie between "
@@ -142,6 +138,39 @@ def load_tokenizer(spec: str) -> Tokenizer:
         ranks = {token: rank for token, rank in ranks.items() if rank < count}
     _check_bytes(path, ranks)
     return RankTokenizer(spec, ranks)
+
+
+def name_end_token(spec: str, end_token: str | None) -> str:
+    """The name of a tokenizer with the token that ends a document.
+
+    Raises:
+        ConfigError: if its end token cannot be chosen.
+    """
+    if end_token is None:
+        return spec
+    path, option = (None, None) if spec == ByteTokenizer.name else _split(spec)
+    if option is not None:
+        raise ConfigError(f"--end-token {end_token!r}: tokenizer '{spec}' names {option!r} already")
+    if path is None or not (path.is_dir() or path.suffix == ".json"):
+        raise ConfigError(
+            f"--end-token {end_token!r}: tokenizer '{spec}' has an end-of-document id of its own; "
+            "only a tokenizer.json lets you choose"
+        )
+    return f"{spec}:{end_token}"
+
+
+def _split(spec: str) -> tuple[Path, str | None]:
+    """The path of a tokenizer, and what follows a colon after it; a path that exists wins."""
+    if Path(spec).exists():
+        return Path(spec), None
+    for at in (at for at, sign in enumerate(spec) if sign == ":" and at):
+        if Path(spec[:at]).exists():
+            return Path(spec[:at]), spec[at + 1 :]
+    raise ConfigError(
+        f"tokenizer '{spec}' is neither 'bytes' nor a rank file nor a tokenizer.json or a folder "
+        "with one; a rank file may be followed by ':n' for its first n ranks, a tokenizer.json by "
+        "':token' for the token that ends a document"
+    )
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

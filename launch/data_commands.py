@@ -39,7 +39,14 @@ def _add_build(commands: "argparse._SubParsersAction[Any]") -> None:
         "--tokenizer",
         default="bytes",
         metavar="NAME",
-        help="'bytes', a tiktoken-style rank file, or FILE:N for its first N ranks (%(default)s)",
+        help="'bytes', a tiktoken-style rank file, FILE:N for its first N ranks, or a Hugging Face "
+        "tokenizer.json or the folder that holds it (%(default)s)",
+    )
+    build.add_argument(
+        "--end-token",
+        metavar="TEXT",
+        help="token of a tokenizer.json that ends documents (the eos_token of its "
+        "tokenizer_config.json)",
     )
     build.add_argument(
         "--glob", default="**/*", metavar="PATTERN", help="files of a folder to take (%(default)s)"
@@ -78,6 +85,7 @@ def _build(args: argparse.Namespace) -> int:
         args.inputs,
         args.out,
         tokenizer=args.tokenizer,
+        end_token=args.end_token,
         glob=args.glob,
         group_by=args.group_by,
         workers=args.workers,
