@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,19 @@ def summarise(out: Path, names: list[str]) -> dict[str, Any]:
     measured = {}
     for name in names:
         lines = _lines(out, name)
-        evals = [line for line in lines if "loss" in line]
         steps = [line for line in lines if "train_loss" in line]
+        evals = [line for line in lines if "loss" in line]
         if not evals or not steps:
             continue
-        last = evals[-1]
+        near = [line for line in evals if line["limit"] == evals[0]["limit"]]
         measured[name] = {
-            "tokens": last["tokens"],
-            "cpu_seconds": round(last["cpu_seconds"], 1),
-            "finished": bool(last.get("final")),
-            "heldout_loss": _within(last, last.get("edges")),
-            "evaluations": [[e["tokens"], round(e["cpu_seconds"], 1), e["loss"]] for e in evals],
-            "by_position": last["by_position"],
-            "edges": last.get("edges"),
+            "tokens": steps[-1]["tokens"],
+            "cpu_seconds": round(steps[-1]["cpu_seconds"], 1),
+            "finished": bool(evals[-1].get("final")),
+            "heldout_loss": near[-1]["loss"],
+            "evaluations": [[e["tokens"], round(e["cpu_seconds"], 1), e["loss"]] for e in near],
+            "by_position": evals[-1]["by_position"],
+            "edges": evals[-1].get("edges"),
             "steps_by_length": dict(sorted(Counter(s["bucket_len"] for s in steps).items())),
         }
     return measured
@@ -109,13 +110,9 @@ def _lines(out: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _within(last: dict[str, Any], _: Any) -> float:
-    return float(last["loss"])
-
-
 def _seconds_to(evaluations: list[list[float]], loss: float) -> float | None:
     """CPU seconds until the loss is first reached, between evaluations on a straight line."""
-    for (_, began, before), (_, ended, after) in zip(evaluations, evaluations[1:], strict=False):
+    for (_, began, before), (_, ended, after) in pairwise(evaluations):
         if after <= loss:
             part = (before - loss) / max(before - after, 1e-9)
             return began + part * (ended - began)

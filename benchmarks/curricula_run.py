@@ -9,6 +9,7 @@ import json
 import math
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ class HeldOut:
             float(total / count) if count else None
             for total, count in zip(sums, counts, strict=True)
         ]
-        return {"loss": float(sums.sum() / counts.sum()), "by_position": by_position}
+        loss = float(sums.sum() / counts.sum())
+        return {"limit": limit, "loss": loss, "by_position": by_position}
 
 
 def run_variant(
@@ -99,49 +101,32 @@ def run_variant(
         world_group("cpu", timeout=timedelta(hours=1)) as world,
         (out / f"{name}.jsonl").open("w") as file,
     ):
+        write = partial(_write, file, name)
         trainer = Trainer(make_run_plan(config, world_size=1), world=world)
         model = _whole_model(trainer)
         seen = HeldOut(open_dataset(heldout), longest=2 * train_len)
         due = _evaluation_steps(trainer.run.num_steps, num_evals)
         tokens, seconds, began = 0, 0.0, time.process_time()
-        train_losses: list[float] = []
         for planned, batches in trainer.loader.steps(0, trainer.run.num_steps):
             if planned.step in due:
-                _write(
-                    file, name, planned.step, tokens, seconds, seen.losses(model, limit=train_len)
-                )
+                write(planned.step, tokens, seconds, seen.losses(model, limit=train_len))
                 began = time.process_time()
             record = trainer.train_step(planned, batches)
             trainer.step, trainer.tokens = planned.step + 1, record.tokens
-            tokens, train_losses = record.tokens, [*train_losses, record.loss]
-            now = time.process_time()
+            tokens, now = record.tokens, time.process_time()
             seconds, began = seconds + now - began, now
-            _write(
-                file,
-                name,
-                planned.step + 1,
-                tokens,
-                seconds,
-                {
-                    "train_loss": record.loss,
-                    "bucket_len": record.bucket_len,
-                    "window": record.window,
-                },
-            )
-        _write(
-            file,
-            name,
-            trainer.step,
-            tokens,
-            seconds,
-            seen.losses(model, limit=2 * train_len)
-            | {
-                "final": True,
-                "heldout_tokens": seen.num_tokens,
-                "edges": seen.edges,
-                "parameters": sum(p.numel() for p in model.parameters()),
-            },
-        )
+            trained = {"train_loss": record.loss, "bucket_len": record.bucket_len}
+            write(trainer.step, tokens, seconds, trained)
+        final = {
+            "final": True,
+            "heldout_tokens": seen.num_tokens,
+            "edges": seen.edges,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        last = seen.losses(model, limit=train_len)
+        write(trainer.step, tokens, seconds, last)
+        twice = seen.losses(model, limit=2 * train_len)
+        write(trainer.step, tokens, seconds, twice | final)
 
 
 def _evaluation_steps(num_steps: int, num_evals: int) -> set[int]:
