@@ -1,7 +1,7 @@
 """Curricula side by side on real text: held-out loss by tokens, by seconds, by position.
 
     python benchmarks/corpora.py CORPUS --group-by file --ranks 2048
-    python benchmarks/curricula.py CORPUS --out RUNS --tokens 2M
+    python benchmarks/curricula.py CORPUS --out RUNS --tokens 3M
     python benchmarks/curricula.py CORPUS --out RUNS --report [--plot PNG]
 
 Each variant trains the same small model on the same number of tokens with the same optimizer, in a
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=Path, help="folder made by corpora.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the measurements")
-    parser.add_argument("--tokens", default="2M", help="that each variant trains on (%(default)s)")
+    parser.add_argument("--tokens", default="3M", help="that each variant trains on (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak (%(default)s)")
     parser.add_argument("--evals", type=int, default=10, help="on the way (%(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
