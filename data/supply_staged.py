@@ -3,7 +3,9 @@
 Plain packing and a growing window are plans of one stage. Within a source, a stage goes on in the
 stream of documents where the one before it stopped, wherever in a document that is; how many tokens
 each stage has is settled here, so that no later change of tokens_per_step moves a border.
-Price: a permutation of the documents a source; best-fit packing when asked for.
+Rows cut from the stream change places, so that a long document does not fill steps by itself: all
+of an epoch in a plan of one stage, those of the stage where there are several.
+Price: a permutation of the documents a source, and of the rows; best-fit packing when asked for.
 Source: GrowLength (arXiv 2310.00576); ProLong (arXiv 2410.02660); SkyLadder (arXiv 2503.15450).
 """
 
@@ -16,6 +18,7 @@ from ringctx.data.decompose import Bucket, decompose
 from ringctx.data.documents import Documents
 from ringctx.data.packing import BestFitPool
 from ringctx.data.row_pools import PiecePool, RowPool, StreamPool, whole_documents
+from ringctx.data.shuffled_rows import ShuffledPool
 from ringctx.data.source_shares import SourceShare, source_shares
 from ringctx.errors import ConfigError
 
@@ -115,9 +118,14 @@ class _Builder:
         if rows > most:
             rows = self._beyond(number, stage, mixture, rows, most)
         self._count(mixture, rows)
+        counts = mixture.counts(rows)
+        shuffled = [
+            (share, self._shuffled(share, part, count))
+            for share, part, count in zip(mixture.shares, mixture.parts, counts, strict=True)
+        ]
         return RowBucket(
             row_len=stage.len,
-            pool=mixture.pool,
+            pool=mix_pools(shuffled).pool,
             rows=rows,
             doc_mask=self._rule.doc_mask,
             tokens_per_step=stage.tokens_per_step,
@@ -166,6 +174,14 @@ class _Builder:
         if self._rule.packing == "best_fit":
             return BestFitPool(pieces, row_len=row_len, **order)
         return StreamPool(pieces, row_len=row_len, start=start, **order)
+
+    def _shuffled(self, share: SourceShare, pool: RowPool, count: int) -> RowPool:
+        """The rows of a source in a stage; those of a stream change places."""
+        if not isinstance(pool, StreamPool):
+            return pool
+        # A later stage goes on where this one stops, so that only the rows of this one may.
+        block = count if self._rule.kind == "stages" else pool.available(1.0)
+        return ShuffledPool(pool, block=block, seed=self._seed, source=share.number)
 
 
 def _whole_pieces(share: SourceShare, length: int) -> Bucket:
