@@ -99,7 +99,8 @@ def _run_one(args: argparse.Namespace) -> None:
         },
         "parallel": {"tokens_per_rank": STEP_TOKENS, "engine": "ddp"},
         "optim": {"lr": args.lr, "warmup_steps": 20, "min_lr_ratio": 0.05},
-        "train": {"run_dir": str(args.out / args.one), "device": "cpu"},
+        # On a CPU with bf16 instructions half of the seconds of fp32.
+        "train": {"run_dir": str(args.out / args.one), "device": "cpu", "dtype": "bf16"},
     }
     path = args.out / f"{args.one}.yaml"
     OmegaConf.save(OmegaConf.create(config), path)

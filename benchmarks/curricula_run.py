@@ -149,7 +149,7 @@ def _token_losses(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
         inputs[None],
         positions=torch.arange(len(inputs)),
         mesh=context_mesh(SoloGroup(), layout="contiguous"),
-    )[0]
+    )[0].float()
     weight = model.embed.weight if model.head is None else model.head.weight
     parts = [
         F.cross_entropy(part @ weight.T, target, reduction="none")
