@@ -93,43 +93,49 @@ def encode_task(
         texts = _read_lines(task, done, messages)
     else:
         texts = _read_files(task, done)
-    documents: list[NDArray[Any]] = []
-    loss: list[NDArray[np.bool_] | None] = []
-    sources: list[int] = []
+    pieces = _Pieces()
     for text in texts:
-        parts = [tokenizer.encode(span.text, special=span.special) for span in text.spans]
-        ids = np.concatenate([*parts, [tokenizer.end_id]], dtype=dtype, casting="unsafe")
-        if len(ids) > 2:
-            documents.append(ids)
-            loss.append(_loss(text.spans, parts))
-            sources.append(text.source)
-        elif len(ids) > 1:
+        ids = [tokenizer.encode(span.text, special=span.special) for span in text.spans]
+        counts = [len(part) for part in ids]
+        if sum(counts) > 1:
+            pieces.add(text, ids, counts, tokenizer.end_id)
+        elif sum(counts):
             done.one_token += 1
         else:
             done.empty += 1
-    if documents:
-        done.tokens = np.concatenate(documents)
-        done.lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        done.sources = np.array(sources, dtype=np.uint16)
-        done.loss = _join_loss(loss, done.lengths)
+    if pieces.lengths:
+        pieces.join(done)
     return done
 
 
-def _loss(spans: list[Span], parts: list[NDArray[Any]]) -> NDArray[np.bool_] | None:
-    """Which tokens of a document are targets, its end as its last span; None: all."""
-    if all(span.target for span in spans):
-        return None
-    counts = [len(part) for part in parts]
-    return np.repeat([*(span.target for span in spans), spans[-1].target], [*counts, 1])
+@dataclass
+class _Pieces:
+    """Spans and ends of documents, to be joined once."""
 
+    ids: list[NDArray[Any]] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    """Tokens of each piece."""
+    targets: list[bool] = field(default_factory=list)
+    """Whether the tokens of a piece are targets."""
+    lengths: list[int] = field(default_factory=list)
+    """Of each document, its end included."""
+    sources: list[int] = field(default_factory=list)
 
-def _join_loss(
-    loss: list[NDArray[np.bool_] | None], lengths: NDArray[np.int64]
-) -> NDArray[np.bool_] | None:
-    if all(bits is None for bits in loss):
-        return None
-    pairs = zip(loss, lengths, strict=True)
-    return np.concatenate([np.ones(n, np.bool_) if b is None else b for b, n in pairs])
+    def add(self, text: _Text, ids: list[NDArray[Any]], counts: list[int], end_id: int) -> None:
+        """Take a document; its end is a target if its last span is."""
+        self.ids += [*ids, np.array([end_id])]
+        self.counts += [*counts, 1]
+        self.targets += [*(span.target for span in text.spans), text.spans[-1].target]
+        self.lengths.append(sum(counts) + 1)
+        self.sources.append(text.source)
+
+    def join(self, done: Encoded) -> None:
+        """Put everything into the result of the task."""
+        done.tokens = np.concatenate(self.ids, dtype=done.tokens.dtype, casting="unsafe")
+        done.lengths = np.array(self.lengths, dtype=np.int64)
+        done.sources = np.array(self.sources, dtype=np.uint16)
+        if not all(self.targets):
+            done.loss = np.repeat(self.targets, self.counts)
 
 
 def _exit_after(sentinel: int) -> None:

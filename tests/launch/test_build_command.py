@@ -1,4 +1,4 @@
-"""`ringctx data build` with sources, messages and a tokenizer.json: what a person types and reads."""
+"""`ringctx data build` with sources, messages, a tokenizer.json: what one types and reads."""
 
 import argparse
 import json
