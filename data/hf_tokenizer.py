@@ -42,7 +42,6 @@ class HfTokenizer:
         """
         inner.no_truncation()
         inner.no_padding()
-        inner.encode_special_tokens = True
         self.name = name
         self.hash = content_hash
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
@@ -52,14 +51,20 @@ class HfTokenizer:
         self._end_token = end_token
         self._inner = inner
 
-    def encode(self, text: str) -> NDArray[np.unsignedinteger[Any]]:
-        """Ids of a text, without the end-of-document id.
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.unsignedinteger[Any]]:
+        """Ids of a text.
+
+        Args:
+            text: what to encode.
+            special: whether special tokens, the end token too, that are spelled out in the text are
+                meant; otherwise they are text, and the end-of-document id does not come up.
 
         Raises:
             DatasetError: if the tokenizer uses the end-of-document id for text of another kind.
         """
+        self._inner.encode_special_tokens = not special
         ids = self._encode(text)
-        if self.end_id not in ids:
+        if special or self.end_id not in ids:
             return ids
         # The vocabulary holds the end token as a piece of text: encode that in two pieces.
         head, *others = text.split(self._end_token)

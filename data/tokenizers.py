@@ -51,8 +51,12 @@ class Tokenizer(Protocol):
     def end_id(self) -> int:
         """The end-of-document id."""
 
-    def encode(self, text: str) -> NDArray[np.unsignedinteger[Any]]:
-        """Ids of a text, without the end-of-document id."""
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.unsignedinteger[Any]]:
+        """Ids of a text, without the end-of-document id.
+
+        With `special`, special tokens that are spelled out in the text are meant; without it they
+        are text like any other.
+        """
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """Text of ids; end-of-document ids vanish, broken UTF-8 becomes the replacement sign."""
@@ -70,8 +74,8 @@ class ByteTokenizer:
         """Hex name of the mapping."""
         return hash_json("utf-8 bytes")
 
-    def encode(self, text: str) -> NDArray[np.unsignedinteger[Any]]:
-        """Ids of a text, without the end-of-document id."""
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.unsignedinteger[Any]]:
+        """Ids of a text; there are no special tokens that it could spell out."""
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
@@ -92,8 +96,8 @@ class RankTokenizer:
             name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
 
-    def encode(self, text: str) -> NDArray[np.unsignedinteger[Any]]:
-        """Ids of a text, without the end-of-document id."""
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.unsignedinteger[Any]]:
+        """Ids of a text; there are no special tokens that it could spell out."""
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:

@@ -120,9 +120,12 @@ class DatasetWriter:
         trace: TracebackType | None,
     ) -> None:
         """Remove what was not finished."""
-        if self._file is not None:
-            self._file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            if self._file is not None:
+                # On a full disk, what is still to be written fails once more.
+                self._file.close()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(
         self,

@@ -10,6 +10,7 @@ from ringctx.config_file import parse_size
 from ringctx.data import open_dataset
 from ringctx.data.check import check_dataset
 from ringctx.data.ingest import BuildReport, build_dataset
+from ringctx.data.records import CHATML
 from ringctx.data.stats import DatasetStats, dataset_stats
 from ringctx.launch.data_pictures import draw_stats
 from ringctx.launch.data_plan import add_plan_command
@@ -33,7 +34,12 @@ def add_data_commands(subparsers: "argparse._SubParsersAction[Any]") -> None:
 
 def _add_build(commands: "argparse._SubParsersAction[Any]") -> None:
     build = commands.add_parser("build", help="encode text and JSONL files into a dataset")
-    build.add_argument("inputs", nargs="+", metavar="INPUT", help="files and folders (.gz too)")
+    build.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files and folders (.gz too); NAME=INPUT, for all or none, names sources to be mixed",
+    )
     build.add_argument("--out", required=True, metavar="DIR", help="dataset folder to make")
     build.add_argument(
         "--tokenizer",
@@ -57,6 +63,19 @@ def _add_build(commands: "argparse._SubParsersAction[Any]") -> None:
         metavar="file|dir[:DEPTH]",
         help="what forms a document: a file, all files of a folder, or all files below each "
         "folder at DEPTH; a JSONL file always has one document a line (%(default)s)",
+    )
+    build.add_argument(
+        "--message-template",
+        default=CHATML,
+        metavar="TEXT",
+        help="how a message of a JSONL record becomes text, with {role} and {content}; \\n is a "
+        "new line (ChatML)",
+    )
+    build.add_argument(
+        "--target-roles",
+        default="assistant",
+        metavar="ROLE[,ROLE...]",
+        help="whose messages are targets (%(default)s)",
     )
     build.add_argument("--workers", type=int, metavar="N", help="processes (all cores)")
     build.set_defaults(run=_build)
@@ -88,6 +107,8 @@ def _build(args: argparse.Namespace) -> int:
         end_token=args.end_token,
         glob=args.glob,
         group_by=args.group_by,
+        message_template=args.message_template.replace("\\n", "\n"),
+        target_roles=args.target_roles.split(","),
         workers=args.workers,
         progress=True,
     )
@@ -122,6 +143,10 @@ def _build_lines(report: BuildReport, out: str) -> list[str]:
         f"  tokens     {report.tokens:,}",
         f"  skipped    {skipped or 'nothing'}",
     ]
+    if report.targets < report.tokens - report.documents:
+        lines.insert(3, f"  targets    {report.targets:,} ({report.targets / report.tokens:.1%})")
+    for name, count in report.sources.items():
+        lines.append(f"  source {name}: {count.documents:,} documents, {count.tokens:,} tokens")
     lines += [f"    not UTF-8 text: {name}" for name in report.undecodable]
     return [*lines, f"next: ringctx data stats {out}"]
 

@@ -104,6 +104,12 @@ def test_an_end_token_spelled_out_in_a_text_is_text(
     assert tokenizer.decode(ids) == text
 
 
+def test_special_tokens_that_are_meant_are_special(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(f"the<mask>{END}", special=True).tolist()
+    assert ids == [*tokenizer.encode("the").tolist(), 271, 270]
+    assert 271 not in tokenizer.encode(f"the<mask>{END}")
+
+
 def test_what_the_file_says_for_prompts_is_not_done_to_texts(tmp_path: Path) -> None:
     inner = trained()
     expected = inner.encode("the end", add_special_tokens=False).ids

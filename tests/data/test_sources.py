@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from ringctx.data.sources import LineSource, TextSource, find_sources, parse_group_by
+from ringctx.data.sources import (
+    LineSource,
+    TextSource,
+    find_sources,
+    parse_group_by,
+    parse_inputs,
+)
 from ringctx.errors import ConfigError
 
 FILES = ["top.py", "b/two.py", "b/one.py", "b/c/three.py", "b/c/d/four.py", "a/five.txt"]
@@ -21,7 +27,7 @@ def tree(tmp_path: Path) -> Path:
 
 def found(tree: Path, *, glob: str = "**/*", group_by: str = "file") -> list[list[str]]:
     """Files of each document, relative to the input."""
-    sources = find_sources([tree], glob=glob, group_by=parse_group_by(group_by))
+    sources = find_sources(parse_inputs([tree]), glob=glob, group_by=parse_group_by(group_by))
     return [
         [file.relative_to(tree).as_posix() for file in source.files]
         for source in sources
@@ -66,7 +72,7 @@ def test_dir_with_a_depth_joins_all_files_below_each_folder_of_that_depth(tree: 
 def test_jsonl_files_are_never_joined(tree: Path) -> None:
     for name in ("b/x.jsonl", "b/y.jsonl.gz"):
         (tree / name).write_text("")
-    sources = find_sources([tree], glob="b/*", group_by=parse_group_by("dir:0"))
+    sources = find_sources(parse_inputs([tree]), glob="b/*", group_by=parse_group_by("dir:0"))
     assert sources == [
         LineSource(tree / "b/x.jsonl"),
         LineSource(tree / "b/y.jsonl.gz"),
@@ -76,7 +82,7 @@ def test_jsonl_files_are_never_joined(tree: Path) -> None:
 
 def test_files_can_be_named_directly_whatever_the_glob(tree: Path) -> None:
     sources = find_sources(
-        [tree / "top.py", tree / "a"], glob="*.txt", group_by=parse_group_by("dir")
+        parse_inputs([tree / "top.py", tree / "a"]), glob="*.txt", group_by=parse_group_by("dir")
     )
     assert sources == [TextSource((tree / "top.py",)), TextSource((tree / "a/five.txt",))]
 
@@ -90,11 +96,11 @@ def test_rejects_unknown_groupings(text: str) -> None:
 def test_rejects_inputs_that_do_not_exist_or_come_twice(tree: Path) -> None:
     by_file = parse_group_by("file")
     with pytest.raises(ConfigError, match="nowhere does not exist"):
-        find_sources([tree / "nowhere"], glob="*", group_by=by_file)
+        find_sources(parse_inputs([tree / "nowhere"]), glob="*", group_by=by_file)
     with pytest.raises(ConfigError, match="is named twice"):
-        find_sources([tree, tree / "a" / ".."], glob="*", group_by=by_file)
+        find_sources(parse_inputs([tree, tree / "a" / ".."]), glob="*", group_by=by_file)
     with pytest.raises(ConfigError, match="no input"):
-        find_sources([], glob="*", group_by=by_file)
+        find_sources(parse_inputs([]), glob="*", group_by=by_file)
 
 
 @pytest.mark.parametrize("glob", ["*.rst", "nowhere/**"])
@@ -111,6 +117,46 @@ def test_rejects_a_pattern_that_is_none(tree: Path, glob: str) -> None:
 
 def test_rejects_inputs_that_reach_a_file_twice(tree: Path) -> None:
     with pytest.raises(ConfigError, match=r"two inputs reach .*b/c/d/four\.py"):
-        find_sources([tree, tree / "b"], glob="**/*", group_by=parse_group_by("file"))
-    apart = find_sources([tree / "a", tree / "b"], glob="**/*", group_by=parse_group_by("file"))
+        find_sources(parse_inputs([tree, tree / "b"]), glob="**/*", group_by=parse_group_by("file"))
+    apart = find_sources(
+        parse_inputs([tree / "a", tree / "b"]), glob="**/*", group_by=parse_group_by("file")
+    )
     assert len(apart) == 5
+
+
+def test_inputs_name_sources_in_the_order_of_their_first_naming(tree: Path) -> None:
+    inputs = parse_inputs([f"prose={tree / 'a'}", f"code={tree / 'top.py'}", f"prose={tree / 'b'}"])
+    assert inputs.names == ("prose", "code")
+    found = find_sources(inputs, glob="**/*", group_by=parse_group_by("dir:0"))
+    assert [source.source for source in found] == [0, 1, 0]
+
+
+def test_lines_have_the_source_of_their_file(tree: Path) -> None:
+    (tree / "x.jsonl").write_text("")
+    inputs = parse_inputs([f"code={tree / 'top.py'}", f"chat={tree / 'x.jsonl'}"])
+    found = find_sources(inputs, glob="**/*", group_by=parse_group_by("file"))
+    assert found == [TextSource((tree / "top.py",)), LineSource(tree / "x.jsonl", 1)]
+
+
+def test_a_path_that_exists_as_written_is_no_name(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree)
+    for name in ("b=top.py", "top.py"):
+        (tree / name).write_text("")
+    inputs = parse_inputs(["b=top.py"])
+    assert (inputs.paths, inputs.names) == ((Path("b=top.py"),), ())
+    assert parse_inputs(["c=top.py"]).names == ("c",)
+
+
+def test_rejects_names_for_some_inputs_only(tree: Path) -> None:
+    message = r"input .*/b has no name, but others have: name all of them \(NAME=.*/b\), or none"
+    with pytest.raises(ConfigError, match=message):
+        parse_inputs([f"x={tree / 'a'}", tree / "b"])
+
+
+def test_rejects_names_that_cannot_be_and_named_paths_that_do_not_exist(tree: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not NAME=PATH either: source name 'a@b' may hold"):
+        parse_inputs([f"a@b={tree}"])
+    with pytest.raises(ConfigError, match=r"input .*nowhere does not exist"):
+        parse_inputs([f"a={tree / 'nowhere'}"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringctx.data.documents import open_dataset
@@ -141,6 +141,8 @@ def test_shards_start_after_the_document_that_reaches_their_size(tmp_path: Path)
     assert [shard.documents for shard in open_dataset(path).manifest.shards] == [2, 1]
 
 
+# Every example writes two datasets, and waits for the disk.
+@settings(max_examples=30)
 @given(data=st.data())
 def test_loss_bits_do_not_depend_on_how_documents_are_added(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
