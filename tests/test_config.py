@@ -117,7 +117,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("curriculum.max_len=.inf", r"curriculum\.max_len"),
         ("model=0", r"model=0 must be a section"),
         ("curriculum.cycles=0", r"cycles=0 must lie in 1 to 10,000"),
-        ("curriculum.odds=grow_p3", r"expected one of \['uniform', 'grow_p2'\]"),
+        ("curriculum.odds=grow_p3", r"did you mean 'grow_p2'\? expected one of \['uniform', "),
         ("parallel.tokens_per_rank=1000", r"tokens_per_rank=1,000 must be a power of two"),
         ("parallel.cp_degree=3", r"cp_degree=3 must be 'auto' or a power of two"),
         ("parallel.cp_degree=most", r"parallel\.cp_degree='most'"),

@@ -5,7 +5,10 @@ what depends on the dataset or the number of ranks is checked where that is know
 `ringctx.config_file` reads and writes the YAML.
 """
 
-from ringctx.config.data import CurriculumConfig, DataConfig
+from ringctx.config.curriculum import CurriculumConfig, StageConfig
+from ringctx.config.curriculum_rules import ODDS
+from ringctx.config.data import DataConfig
+from ringctx.config.mix import split_mix_key
 from ringctx.config.model import MIXERS, ModelConfig
 from ringctx.config.parallel import (
     Layout,
@@ -19,6 +22,7 @@ from ringctx.config.training import CheckpointConfig, OptimConfig, TrackingConfi
 
 __all__ = [
     "MIXERS",
+    "ODDS",
     "CheckpointConfig",
     "Config",
     "CurriculumConfig",
@@ -28,8 +32,10 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "Schedule",
+    "StageConfig",
     "TopologyConfig",
     "TopologyKind",
     "TrackingConfig",
     "TrainConfig",
+    "split_mix_key",
 ]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from ringctx.config.checks import is_power_of_two, require
-from ringctx.config.data import CurriculumConfig, DataConfig
+from ringctx.config.curriculum import CurriculumConfig
+from ringctx.config.data import DataConfig
 from ringctx.config.model import ModelConfig
 from ringctx.config.parallel import ParallelConfig
 from ringctx.config.training import (
