@@ -55,8 +55,8 @@ def configuration_page() -> str:
         "",
         "One YAML file holds these sections; `section.key=value` on the command line overrides it.",
         "Sizes are tokens and may be written `128k` or `0.5M` (powers of 1024). Off is `null`.",
-        "An item of a list is named by its place, from 0: `curriculum.stages.0.len=1k`. A whole list",
-        "replaces the list of the file; a section leaves the keys that it does not name as they are.",
+        "An item of a list is named by its place, from 0: `curriculum.stages.0.len=1k`.",
+        "A list given there replaces that of the file; a section only what it names.",
         "`ringctx config show CONFIG` prints a config with everything filled in.",
     ]
     for name, section in sections().items():
