@@ -7,6 +7,7 @@ left: numbers, names, choices.
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
@@ -115,8 +116,7 @@ def _nested_rule(kinds: Sequence[Any], nested: Any, item: Any) -> str:
 def _read_plain(hint: Any, value: Any, *, name: str) -> Any:
     """A number, a name or a choice, checked and converted by OmegaConf."""
     kinds = set(get_args(hint) or [hint]) - {NoneType}
-    holder = dataclasses.make_dataclass("Holder", [("value", hint)])
-    node = OmegaConf.structured(holder)
+    node = OmegaConf.structured(_holder(hint))
     try:
         OmegaConf.update(node, "value", _with_unit(value) if int in kinds else value)
     except OmegaConfBaseException as error:
@@ -127,6 +127,12 @@ def _read_plain(hint: Any, value: Any, *, name: str) -> Any:
     if isinstance(plain, float) and not math.isfinite(plain):
         raise ConfigError(f"{name}={value} must be a finite number")
     return plain
+
+
+@functools.cache
+def _holder(hint: Any) -> type[Any]:
+    """A class of one field, which is what OmegaConf takes annotations from."""
+    return dataclasses.make_dataclass("Holder", [("value", hint)])
 
 
 def _with_unit(value: Any) -> Any:
