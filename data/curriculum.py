@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringctx.config import CurriculumConfig
+from ringctx.data.odds import bucket_odds
 from ringctx.data.randomness import exponential_times
 
 __all__ = ["MixedStep", "Origin", "Schedule", "find_folded", "share_pieces"]
@@ -142,13 +143,14 @@ class Schedule:
     def _draw(
         self, curriculum: CurriculumConfig, pieces: Sequence[int], folded: Sequence[int], seed: int
     ) -> None:
-        odds = _odds(curriculum.odds, len(self.lengths))
+        odds = bucket_odds(curriculum, lengths=self.lengths, pieces=pieces)
         taken, orders = list(self.origin.consumed), []
         mixed: list[MixedStep] = []
         for cycle in range(self.origin.cycle, self._cycles):
             ends = [n * (cycle + 1) // self._cycles for n in pieces]
             counts = [
-                0 if k in folded else (ends[k] - taken[k]) // rows
+                # A first step of the longest may have taken more than its part.
+                0 if k in folded else max(ends[k] - taken[k], 0) // rows
                 for k, rows in enumerate(self._rows)
             ]
             taken = [t + n * rows for t, n, rows in zip(taken, counts, self._rows, strict=True)]
@@ -159,7 +161,17 @@ class Schedule:
                     counts[step.bucket] += 1
             orders.append(_draw_order(counts, odds, key=(seed, cycle, self.origin.step)))
         self._cycle_ends = np.cumsum([len(order) for order in orders])
-        self._index(np.concatenate(orders), mixed, _limit(curriculum, self.origin, self.lengths))
+        order, limit = np.concatenate(orders), _limit(curriculum, self.origin, self.lengths)
+        if curriculum.first_step == "longest" and self.origin.step == 0 and len(order[:limit]):
+            whole = np.bincount(order, minlength=len(self.lengths))
+            whole -= np.bincount([step.bucket for step in mixed], minlength=len(self.lengths))
+            self._move_to_front(order, at=_first_longest(order[:limit], whole))
+        self._index(order, mixed, limit)
+
+    def _move_to_front(self, order: NDArray[np.uint8], *, at: int) -> None:
+        """Make a step the first of all, in place; it joins the first cycle."""
+        order[: at + 1] = np.roll(order[: at + 1], 1)
+        self._cycle_ends[self._cycle_ends <= at] += 1
 
     def _index(self, order: NDArray[np.uint8], mixed: list[MixedStep], limit: int | None) -> None:
         """Keep the order, the steps of each bucket, and put mixed steps last in theirs."""
@@ -178,12 +190,15 @@ class Schedule:
             self._whole_steps.append(steps[:whole])
 
 
-def _odds(kind: str, n: int) -> NDArray[np.float64]:
-    """Odds of n buckets, shortest first."""
-    if kind == "uniform":
-        return np.ones(n)
-    assert kind == "grow_p2", kind
-    return np.exp2(np.arange(n - 1, -1, -1, dtype=np.float64))
+def _first_longest(order: NDArray[np.uint8], whole: NDArray[np.int64]) -> int:
+    """Where the longest bucket that fills a step by itself comes first; if none does, the longest.
+
+    Args:
+        order: the bucket of every step.
+        whole: steps that each bucket fills by itself; they come before its mixed ones.
+    """
+    alone = order[whole[order] > 0]
+    return int(np.argmax(order == (alone if len(alone) else order).max()))
 
 
 def _draw_order(

@@ -17,6 +17,9 @@ __all__ = ["ODDS", "curriculum_rules"]
 ODDS = ("uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_p100")
 """The named odds; `ringctx.data.curriculum` says what they are."""
 
+# Between this and the end of floating-point numbers lie the times of any clock of such odds.
+_MAX_RATIO = 1e100
+
 _DECOMPOSED = ("decomposed",)
 _ROWS = ("packed", "window")
 _KINDS_OF = {
@@ -108,22 +111,28 @@ def _odds_rules(curriculum: "CurriculumConfig") -> list[Rule]:
         ]
     low, high = curriculum.min_len, curriculum.max_len
     count = (high // low).bit_length()
-    rules = [
+    positive = [
+        (
+            math.isfinite(number) and number > 0,
+            f"curriculum.odds[{at}]={number:g} must be a number above 0; to leave lengths out, "
+            "raise min_len or lower max_len",
+        )
+        for at, number in enumerate(odds)
+    ]
+    return [
+        *positive,
         (
             len(odds) == count,
             f"curriculum.odds has {len(odds)} numbers, but there are {count} lengths from "
             f"min_len={low:,} to max_len={high:,}; give one for each, shortest first",
-        )
+        ),
+        (
+            not all(holds for holds, _ in positive)
+            or min(odds, default=1) >= max(odds, default=1) / _MAX_RATIO,
+            f"curriculum.odds={list(odds)} span more than {_MAX_RATIO:g}; 100 from each length "
+            "to the next already trains them one after another",
+        ),
     ]
-    for at, number in enumerate(odds):
-        rules.append(
-            (
-                math.isfinite(number) and number > 0,
-                f"curriculum.odds[{at}]={number:g} must be a number above 0; to leave lengths "
-                "out, raise min_len or lower max_len",
-            )
-        )
-    return rules
 
 
 def _row_rules(curriculum: "CurriculumConfig") -> list[Rule]:
