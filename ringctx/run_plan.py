@@ -32,7 +32,7 @@ _FIXED = ("model.", "train.seed")
 _WARNED = ("optim.", "train.dtype", "train.steps", "curriculum.tokens_per_step")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Where things lie may differ between nodes.
-_PLACES = ("data.path", "train.run_dir")
+_PLACES = ("data.path", "data.sources.", "train.run_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,10 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
         # Follows from the dataset, which the plan's state checks.
         del now["model.vocab_size"]
     lines = {
-        name: f"{name}: {then[name]} -> {value}"
+        # A mapping that was null then had none of its keys.
+        name: f"{name}: {then.get(name)} -> {value}"
         for name, value in now.items()
-        if then[name] != value
+        if then.get(name) != value
     }
     refused = [line for name, line in lines.items() if name.startswith(_FIXED)]
     if refused:
@@ -115,7 +116,7 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
 def fields_to_agree_on(run: RunPlan) -> dict[str, Any]:
     """What must be the same on every rank, by name."""
     fields = _flat(config_to_dict(run.config))
-    same = {name: value for name, value in fields.items() if name not in _PLACES}
+    same = {name: value for name, value in fields.items() if not name.startswith(_PLACES)}
     return {"dataset": run.dataset.fingerprint, **same, "plan": run.plan.hash}
 
 
