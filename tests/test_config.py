@@ -225,6 +225,7 @@ CURRICULUM_MISTAKES = [
     # Rows of one length.
     ("curriculum={kind: packed}", r"curriculum\.len is not set: all rows of kind=packed"),
     ("curriculum={kind: window, len: 3k}", r"len=3,072 must be a power of two"),
+    ("curriculum.tokens_per_step=-4", r"=-4 is not a multiple .* nearest valid values are 8,192$"),
     ("curriculum={kind: packed, len: 1M}", r"not a multiple of curriculum\.len=.* are 1,048,576$"),
     ("curriculum={kind: window, len: 1k, window_start: 2k}", r"window_start=2,048 must lie in 1"),
     ("curriculum={kind: window, len: 1k, window_start: 0}", r"window_start=0 must lie in 1"),

@@ -25,5 +25,5 @@ def parse_size(text: str) -> int:
 
 def near_multiples(size: int, *, of: int) -> str:
     """The positive multiples below and above a size, as `8,192 or 16,384`."""
-    low = size // of * of
+    low = max(size, 0) // of * of
     return " or ".join(f"{n:,}" for n in (low, low + of) if n > 0)
