@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringctx.config import CurriculumConfig
+from ringctx.data.odds import bucket_odds
 from ringctx.data.randomness import exponential_times
 
-__all__ = ["MixedStep", "Origin", "Schedule", "find_folded", "odds_by_length", "share_pieces"]
+__all__ = ["MixedStep", "Origin", "Schedule", "find_folded", "share_pieces"]
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,14 @@ class Schedule:
     def _draw(
         self, curriculum: CurriculumConfig, pieces: Sequence[int], folded: Sequence[int], seed: int
     ) -> None:
-        odds = _odds(curriculum, self.lengths, pieces)
+        odds = bucket_odds(curriculum, lengths=self.lengths, pieces=pieces)
         taken, orders = list(self.origin.consumed), []
         mixed: list[MixedStep] = []
         for cycle in range(self.origin.cycle, self._cycles):
             ends = [n * (cycle + 1) // self._cycles for n in pieces]
             counts = [
-                0 if k in folded else max(0, ends[k] - taken[k]) // rows
+                # A first step of the longest may have taken more than its part.
+                0 if k in folded else max(ends[k] - taken[k], 0) // rows
                 for k, rows in enumerate(self._rows)
             ]
             taken = [t + n * rows for t, n, rows in zip(taken, counts, self._rows, strict=True)]
@@ -159,10 +161,17 @@ class Schedule:
                     counts[step.bucket] += 1
             orders.append(_draw_order(counts, odds, key=(seed, cycle, self.origin.step)))
         self._cycle_ends = np.cumsum([len(order) for order in orders])
-        order = np.concatenate(orders)
-        if curriculum.first_step == "longest" and self.origin.step == 0:
-            order = _longest_first(order)
-        self._index(order, mixed, _limit(curriculum, self.origin, self.lengths))
+        order, limit = np.concatenate(orders), _limit(curriculum, self.origin, self.lengths)
+        if curriculum.first_step == "longest" and self.origin.step == 0 and len(order[:limit]):
+            whole = np.bincount(order, minlength=len(self.lengths))
+            whole -= np.bincount([step.bucket for step in mixed], minlength=len(self.lengths))
+            self._move_to_front(order, at=_first_longest(order[:limit], whole))
+        self._index(order, mixed, limit)
+
+    def _move_to_front(self, order: NDArray[np.uint8], *, at: int) -> None:
+        """Make a step the first of all, in place; it joins the first cycle."""
+        order[: at + 1] = np.roll(order[: at + 1], 1)
+        self._cycle_ends[self._cycle_ends <= at] += 1
 
     def _index(self, order: NDArray[np.uint8], mixed: list[MixedStep], limit: int | None) -> None:
         """Keep the order, the steps of each bucket, and put mixed steps last in theirs."""
@@ -181,52 +190,24 @@ class Schedule:
             self._whole_steps.append(steps[:whole])
 
 
-def odds_by_length(curriculum: CurriculumConfig) -> dict[int, float]:
-    """The odds of every length from min_len to max_len, whether or not it has pieces."""
-    lengths: list[int] = []
-    while not lengths or lengths[-1] < curriculum.max_len:
-        lengths.append(curriculum.min_len << len(lengths))
-    n = len(lengths)
-    if not isinstance(curriculum.odds, str):
-        return dict(zip(lengths, curriculum.odds, strict=True))
-    rising = np.arange(n, dtype=np.float64)
-    named = {
-        "uniform": np.ones(n),
-        "grow_linear": n - rising,
-        "grow_p2": 2.0 ** rising[::-1],
-        "grow_p100": 100.0 ** rising[::-1],
-        "shrink_p100": 100.0**rising,
-    }
-    return dict(zip(lengths, named[curriculum.odds].tolist(), strict=True))
+def _first_longest(order: NDArray[np.uint8], whole: NDArray[np.int64]) -> int:
+    """Where the longest bucket that fills a step by itself comes first; if none does, the longest.
 
-
-def _odds(
-    curriculum: CurriculumConfig, lengths: Sequence[int], pieces: Sequence[int]
-) -> list[float]:
-    """The odds of each bucket."""
-    by_length = odds_by_length(curriculum)
-    tokens = [1.0] * len(lengths)
-    if curriculum.odds_mode == "token_weighted":
-        # The released code multiplies by what each bucket has.
-        tokens = [float(n * length) for n, length in zip(pieces, lengths, strict=True)]
-    return [by_length[length] * weight for length, weight in zip(lengths, tokens, strict=True)]
+    Args:
+        order: the bucket of every step.
+        whole: steps that each bucket fills by itself; they come before its mixed ones.
+    """
+    alone = order[whole[order] > 0]
+    return int(np.argmax(order == (alone if len(alone) else order).max()))
 
 
 def _draw_order(
-    counts: Sequence[int], odds: Sequence[float], *, key: tuple[int, ...]
+    counts: Sequence[int], odds: NDArray[np.float64], *, key: tuple[int, ...]
 ) -> NDArray[np.uint8]:
     """Algorithm 1's draws of one cycle: which bucket at each of its steps."""
-    times = [exponential_times(n, rate=odds[k], key=(*key, k)) for k, n in enumerate(counts)]
+    times = [exponential_times(n, rate=float(odds[k]), key=(*key, k)) for k, n in enumerate(counts)]
     buckets = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
     return buckets[np.argsort(np.concatenate(times), kind="stable")]
-
-
-def _longest_first(order: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The first step of the longest bucket moved to the front; the others keep their order."""
-    if not len(order):
-        return order
-    at = int(np.argmax(order))
-    return np.concatenate([order[at : at + 1], order[:at], order[at + 1 :]])
 
 
 def _fill_mixed(

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ringctx.config_file import parse_size
+from ringctx.config import split_mix_key
 from ringctx.data.documents import Documents
 from ringctx.errors import ConfigError
 
-__all__ = ["SourceShare", "source_shares", "split_key"]
+__all__ = ["SourceShare", "source_shares"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,7 +43,7 @@ def source_shares(
     max_epochs: Mapping[str, float] | None,
     setting: str,
 ) -> list[SourceShare]:
-    """The sources of a mix, in its order; one that holds everything where there is no mix.
+    """The sources of a mix, by name; one that holds everything where there is no mix.
 
     Args:
         dataset: the documents.
@@ -72,14 +72,9 @@ def source_shares(
         )
     return [
         _share(dataset, key, weight, max_epochs=max_epochs or {}, setting=setting)
-        for key, weight in mix.items()
+        # However they are written down, the same mix is the same plan.
+        for key, weight in sorted(mix.items())
     ]
-
-
-def split_key(key: str) -> tuple[str, int | None]:
-    """`name@LEN` as (name, LEN); LEN may be written like 64k."""
-    name, _, length = key.partition("@")
-    return name, parse_size(length) if length else None
 
 
 def _share(
@@ -90,7 +85,7 @@ def _share(
     max_epochs: Mapping[str, float],
     setting: str,
 ) -> SourceShare:
-    name, piece_len = split_key(key)
+    name, piece_len = split_mix_key(key)
     if name not in dataset.source_names:
         known = ", ".join(dataset.source_names)
         raise ConfigError(f"{setting}: the dataset has no source {name!r}; its sources are {known}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ringctx import config as config_module
 from ringctx import tracking as tracking_module
-from ringctx.config_file import sections, subsections
+from ringctx.config_file import section_lists, sections, subsections
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (
@@ -55,6 +55,8 @@ def configuration_page() -> str:
         "",
         "One YAML file holds these sections; `section.key=value` on the command line overrides it.",
         "Sizes are tokens and may be written `128k` or `0.5M` (powers of 1024). Off is `null`.",
+        "An item of a list is named by its place, from 0: `curriculum.stages.0.len=1k`.",
+        "A list given there replaces that of the file; a section only what it names.",
         "`ringctx config show CONFIG` prints a config with everything filled in.",
     ]
     for name, section in sections().items():
@@ -68,7 +70,7 @@ def _field_rows(
     section: type[Any], texts: dict[str, dict[str, str]], prefix: str = ""
 ) -> list[str]:
     """A row of the table for each field, those of a section within it right below."""
-    inner, rows = subsections(section), []
+    inner, lists, rows = subsections(section), section_lists(section), []
     for field in dataclasses.fields(section):
         # A section within may be given by its first field alone.
         first = dataclasses.fields(inner[field.name])[0] if field.name in inner else field
@@ -76,6 +78,8 @@ def _field_rows(
         rows.append(f"| `{prefix}{field.name}` | `{_default(first)}` | {text} |")
         if field.name in inner:
             rows += _field_rows(inner[field.name], texts, f"{prefix}{field.name}.")
+        if field.name in lists:
+            rows += _field_rows(lists[field.name], texts, f"{prefix}{field.name}[].")
     return rows
 
 
@@ -141,12 +145,14 @@ def _cell(tests: list[str], place: str) -> str:
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
-    value = field.default or "required" if field.name == "path" else field.default
+    value = field.default
+    if value is dataclasses.MISSING:
+        return "required"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
         return f"{value:g}"
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    return str(list(value)) if isinstance(value, tuple) else str(value) or "''"
 
 
 def _field_texts(module: ModuleType) -> dict[str, dict[str, str]]:

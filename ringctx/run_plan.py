@@ -103,9 +103,10 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
         # Follows from the dataset, which the plan's state checks.
         del now["model.vocab_size"]
     lines = {
-        name: f"{name}: {then[name]} -> {value}"
+        # A mapping that was null then had none of its keys.
+        name: f"{name}: {then.get(name)} -> {value}"
         for name, value in now.items()
-        if then[name] != value
+        if then.get(name) != value
     }
     refused = [line for name, line in lines.items() if name.startswith(_FIXED)]
     if refused:

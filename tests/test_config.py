@@ -1,11 +1,20 @@
 """The YAML of a run: what is accepted, and what every mistake is told."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from ringctx.config import Config, CurriculumConfig, ModelConfig, TopologyConfig
-from ringctx.config_file import config_to_yaml, load_config, parse_size
+from ringctx.config import (
+    Config,
+    CurriculumConfig,
+    DataConfig,
+    ModelConfig,
+    StageConfig,
+    TopologyConfig,
+    split_mix_key,
+)
+from ringctx.config_file import config_to_dict, config_to_yaml, load_config, parse_size
 from ringctx.errors import ConfigError
 
 LAUNCH_CONFIGS = sorted((Path(__file__).parent.parent / "launch" / "configs").glob("*.yaml"))
@@ -70,6 +79,96 @@ def test_a_topology_is_a_section_or_just_its_kind_and_neither_loses_the_other(
     assert load_config(tmp_path / "written.yaml") == config
 
 
+PROLONG = """
+curriculum:
+  kind: stages
+  max_epochs: {books: 4}
+  stages:
+    - {len: 64k, tokens: 20e9, tokens_per_step: 4M, rope_theta: 8.0e6, lr: 1e-5,
+       mix: {repos: .3, books: .3, short: .4}}
+    - {len: 512k, tokens: 20e9, tokens_per_step: 8M, rope_theta: 1.28e8, lr: 5e-6,
+       mix: {repos@512k: .15, repos@64k: .15, books@512k: .05, books@64k: .25, short: .4}}
+"""
+
+
+def test_stages_are_read_with_units_and_mixes(tmp_path: Path) -> None:
+    first, second = load(tmp_path, PROLONG).curriculum.stages
+    assert first == StageConfig(
+        len=65_536,
+        tokens=20 * 10**9,
+        tokens_per_step=2**22,
+        mix={"repos": 0.3, "books": 0.3, "short": 0.4},
+        rope_theta=8e6,
+        lr=1e-5,
+    )
+    assert second.mix is not None
+    assert [split_mix_key(key) for key in second.mix] == [
+        ("repos", 524_288),
+        ("repos", 65_536),
+        ("books", 524_288),
+        ("books", 65_536),
+        ("short", None),
+    ]
+
+
+@pytest.mark.parametrize("key", ["stages.1.len", "stages[1].len"])
+def test_an_override_reaches_into_a_list(tmp_path: Path, key: str) -> None:
+    lens = [
+        stage.len for stage in load(tmp_path, PROLONG, f"curriculum.{key}=1M").curriculum.stages
+    ]
+    assert lens == [65_536, 2**20]
+
+
+def test_an_override_replaces_a_list_and_extends_a_mapping(tmp_path: Path) -> None:
+    stages = "curriculum.stages=[{len: 1k, share: 1, mix: {books: 1}}]"
+    curriculum = load(tmp_path, PROLONG, stages, "curriculum.max_epochs.books=2").curriculum
+    assert curriculum.stages == (StageConfig(len=1024, share=1, mix={"books": 1.0}),)
+    assert curriculum.max_epochs == {"books": 2.0}
+    more = load(tmp_path, PROLONG, "curriculum.stages.0.mix.wiki=.1").curriculum.stages[0]
+    assert more.mix == {"repos": 0.3, "books": 0.3, "short": 0.4, "wiki": 0.1}
+
+
+@pytest.mark.parametrize("key", ["stages.2.len", "stages.one.len"])
+def test_an_override_of_an_item_that_is_not_there_is_told(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=r"curriculum\.stages.*"):
+        load(tmp_path, PROLONG, f"curriculum.{key}=1k")
+
+
+ROUND_TRIPS = {
+    "stages": (PROLONG, ()),
+    "numbers": ("", ("curriculum.odds=[1,2,3]", "curriculum.min_len=2k")),
+    "packed": ("curriculum: {kind: packed, len: 1k, packing: best_fit}", ()),
+    "sources": ("curriculum: {mix: {a: 1}}", ("data.path=''", "data.sources={a: x, b: y}")),
+}
+
+
+@pytest.mark.parametrize(("text", "overrides"), ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+def test_any_kind_reads_back_equal_from_yaml_and_json(
+    tmp_path: Path, text: str, overrides: tuple[str, ...]
+) -> None:
+    config = load(tmp_path, text, *overrides)
+    (tmp_path / "written.yaml").write_text(config_to_yaml(config))
+    assert load_config(tmp_path / "written.yaml") == config
+    plain = json.loads(json.dumps(config_to_dict(config)))
+    assert plain == config_to_dict(config)
+    assert CurriculumConfig(**plain["curriculum"]) == config.curriculum
+    assert DataConfig(**plain["data"]) == config.data
+
+
+def test_lengths_in_a_mix_are_equal_however_they_are_written() -> None:
+    def stages(key: str) -> CurriculumConfig:
+        return CurriculumConfig(
+            kind="stages", stages=(StageConfig(len=2**17, share=1, mix={key: 1}),)
+        )
+
+    assert stages("a@64k") == stages("a@65536") == stages("a@65_536")
+
+
+def test_a_number_with_a_unit_that_gives_no_whole_tokens_is_told_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"curriculum\.max_len='0\.3k': must be a whole number"):
+        load(tmp_path, "", "curriculum.max_len=0.3k")
+
+
 def test_the_pattern_of_mixers_repeats_over_the_layers_and_may_be_cut() -> None:
     model = ModelConfig(mixers="SSW", num_layers=8, window=64)
     assert "".join(model.mixer(layer) for layer in range(8)) == "SSWSSWSS"
@@ -96,6 +195,92 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert "unknown key 'curriculum.cycle': did you mean 'cycles'?" in message
 
 
+STAGE = "curriculum={kind: stages, tokens_per_step: 64k, stages: [{len: 1k, share: 1}, {%s}]}"
+"""A curriculum whose second stage is to be filled in."""
+
+CURRICULUM_MISTAKES = [
+    ("curriculum.kind=stage", r"expected one of \['decomposed', 'stages', 'window', 'packed'\]"),
+    # Fields of another kind.
+    (
+        "curriculum.packing=best_fit",
+        r"packing=best_fit has no use .*=decomposed: .*packed or window",
+    ),
+    ("curriculum.doc_mask=false", r"doc_mask=False has no use .* kind=packed or window or stages"),
+    ("curriculum.window_start=3", r"window_start=3 has no use .* choose kind=window"),
+    ("curriculum.stages=[{len: 1k}]", r"curriculum\.stages has no use .* choose kind=stages"),
+    ("curriculum={kind: packed, len: 1k, cycles: 3}", r"cycles=3 has no use .* kind=decomposed"),
+    ("curriculum={kind: stages, len: 1k}", r"len=1024 has no use .* kind=packed or window"),
+    # Odds.
+    ("curriculum.odds=3", r"curriculum\.odds=3 must be a name or a list of numbers"),
+    ("curriculum.odds=[a]", r"curriculum\.odds\[0\]='a': must be a plain number"),
+    ("curriculum.odds=[1, 2]", r"odds has 2 numbers, but there are 6 .*=256 to max_len=8,192"),
+    (
+        "curriculum.odds=[1, 2, 0, 1, 1, 1]",
+        r"odds\[2\]=0 must be .* leave lengths out, raise min_len",
+    ),
+    ("curriculum.odds=[1, -2, 1, 1, 1, 1]", r"odds\[1\]=-2 must be a number above 0"),
+    ("curriculum.odds=[1, .inf, 1, 1, 1, 1]", r"odds\[1\]=inf must be a finite number"),
+    ("curriculum.odds=[1e101, 1, 1, 1, 1, 1]", r"odds=.* span more than 1e\+100"),
+    ("curriculum.max_dropped=1.5", r"max_dropped=1\.5 must lie in 0 to 1"),
+    # Rows of one length.
+    ("curriculum={kind: packed}", r"curriculum\.len is not set: all rows of kind=packed"),
+    ("curriculum={kind: window, len: 3k}", r"len=3,072 must be a power of two"),
+    ("curriculum.tokens_per_step=-4", r"=-4 is not a multiple .* nearest valid values are 8,192$"),
+    ("curriculum={kind: packed, len: 1M}", r"not a multiple of curriculum\.len=.* are 1,048,576$"),
+    ("curriculum={kind: window, len: 1k, window_start: 2k}", r"window_start=2,048 must lie in 1"),
+    ("curriculum={kind: window, len: 1k, window_start: 0}", r"window_start=0 must lie in 1"),
+    ("curriculum={kind: window, len: 1k, window_growth: 0}", r"growth=0 must be a number above 0"),
+    # Stages.
+    ("curriculum.kind=stages", r"curriculum\.stages is empty: .* at least one"),
+    ("curriculum.stages=3", r"curriculum\.stages=3 must be a list of sections"),
+    ("curriculum.stages=[3]", r"curriculum\.stages\[0\]=3 must be a section"),
+    (STAGE % "lne: 1k", r"unknown key 'curriculum\.stages\[1\]\.lne': did you mean 'len'\?"),
+    (STAGE % "share: 1", r"curriculum\.stages\[1\]\.len is not set"),
+    (STAGE % "len: many", r"stages\[1\]\.len='many': must be a whole number"),
+    (STAGE % "len: 3k, share: 1", r"curriculum\.stages\[1\]\.len=3,072 must be a power of two"),
+    (STAGE % "len: 128k, share: 1", r"=65,536 is not a multiple of curriculum\.stages\[1\]\.len"),
+    (
+        STAGE % "len: 4k, share: 1, tokens_per_step: 6k",
+        r"stages\[1\]\.tokens_per_step=6,144 .*stages\[1\]\.len=4,096; .* are 4,096 or 8,192",
+    ),
+    (STAGE % "len: 1k", r"of the 2 curriculum\.stages, 1 have share and 0 have tokens"),
+    (STAGE % "len: 1k, tokens: 1M", r"1 have share and 1 have tokens; give all of them share, or"),
+    (STAGE % "len: 1k, share: 0", r"stages\[1\]\.share=0\.0 must be a number above 0"),
+    (STAGE % "len: 1k, share: 1, lr: 0", r"stages\[1\]\.lr=0\.0 must be a number above 0"),
+    (STAGE % "len: 1k, share: 1, rope_theta: 1", r"rope_theta=1\.0 must be a number above 1"),
+    (
+        "curriculum={kind: stages, total_tokens: 1G, stages: [{len: 1k, tokens: 1G}]}",
+        r"total_tokens=1073741824 and the tokens of curriculum\.stages are both set",
+    ),
+    (
+        "curriculum={kind: stages, stages: [{len: 1k, tokens: 1k}]}",
+        r"stages\[0\]\.tokens=1024 is less than one step of curriculum\.tokens_per_step=524,288",
+    ),
+    # Sources.
+    ("curriculum.mix=3", r"curriculum\.mix=3 must be a section of names"),
+    ("curriculum.mix={}", r"curriculum\.mix=\{\} is empty"),
+    ("curriculum.mix={a: x}", r"curriculum\.mix\.a='x': must be a plain number"),
+    ("curriculum.mix={a: 1, b: 0}", r"curriculum\.mix\.b=0 must be .* leave the source out"),
+    ("curriculum.mix={a@1k: 1}", r"mix\.a@1024 takes pieces of one length, which only .*=stages"),
+    (STAGE % "len: 1k, share: 1, mix: {a@2k: 1}", r"mix\.a@2048: .*stages\[1\]\.len=1,024"),
+    (STAGE % "len: 1k, share: 1, mix: {a@3: 1}", r"mix\.a@3: the length 3 must be a power of two"),
+    (
+        STAGE % "len: 1k, share: 1, mix: {a@x: 1}",
+        r"stages\[1\]\.mix: .* '@' of 'a@x': 'x' is not a",
+    ),
+    (STAGE % "len: 1k, share: 1, mix: {a@1k: 1, a@1024: 2}", r"mix has 'a@1024' twice"),
+    (
+        "curriculum={kind: stages, mix: {a: 1}, stages: [{len: 1k, share: 1, mix: {b: 1}}]}",
+        r"curriculum\.mix has no use: every one of curriculum\.stages has a mix of its own",
+    ),
+    (
+        "curriculum={mix: {books: 1}, max_epochs: {boks: 2}}",
+        r"epochs\.boks is in no mix; did .* 'books'",
+    ),
+    ("curriculum={mix: {a: 1}, max_epochs: {a: 0}}", r"max_epochs\.a=0 must be a number above 0"),
+]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -117,7 +302,8 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("curriculum.max_len=.inf", r"curriculum\.max_len"),
         ("model=0", r"model=0 must be a section"),
         ("curriculum.cycles=0", r"cycles=0 must lie in 1 to 10,000"),
-        ("curriculum.odds=grow_p3", r"did you mean grow_p2, or a list of numbers"),
+        *CURRICULUM_MISTAKES,
+        ("curriculum.odds=grow_p3", r"did you mean 'grow_p2'\? expected one of \['uniform', "),
         ("parallel.tokens_per_rank=1000", r"tokens_per_rank=1,000 must be a power of two"),
         ("parallel.cp_degree=3", r"cp_degree=3 must be 'auto' or a power of two"),
         ("parallel.cp_degree=most", r"parallel\.cp_degree='most'"),
@@ -152,7 +338,12 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("train.steps", r"'train\.steps' is not an override"),
         ("--steps=3", r"'--steps=3' is not an override"),
         ("data.path=", r"data\.path=None: must not be null"),
-        ("data.path=''", r"data\.path is not set"),
+        ("data.path=''", r"data\.path is not set: name a folder .*, or several in data\.sources"),
+        ("data.sources={a: x}", r"data\.path=somewhere and data\.sources=\['a'\] are both set"),
+        ("data={path: '', sources: {}}", r"data\.sources=\{\} is empty"),
+        ("data={path: '', sources: {a: ''}}", r"data\.sources\.a is empty: name a folder"),
+        ("data={path: '', sources: {a@1k: x}}", r"a source 'a@1k': a name .* has no '@'"),
+        ("data.sources=[x]", r"data\.sources=\['x'\] must be a section of names"),
     ],
 )
 def test_a_wrong_value_is_told_with_its_name_and_rule(

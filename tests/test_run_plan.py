@@ -106,6 +106,12 @@ def test_a_checkpoint_older_than_a_setting_had_its_default(folder: Path) -> None
         changed_fields(before, read_config(folder))
 
 
+def test_settings_that_are_a_mapping_may_be_newer_than_a_checkpoint(folder: Path) -> None:
+    before = config_to_dict(read_config(folder))
+    sources = ("data.path=''", f"data.sources={{a: {folder}/dataset}}", "curriculum.mix={a: 1}")
+    assert changed_fields(before, read_config(folder, *sources)) == []
+
+
 def test_ranks_agree_on_every_part_of_the_wiring(folder: Path) -> None:
     fields = fields_to_agree_on(run_plan(folder, "parallel.topology.link_gbit=25"))
     assert fields["parallel.topology.link_gbit"] == 25

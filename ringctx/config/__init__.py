@@ -5,8 +5,10 @@ what depends on the dataset or the number of ranks is checked where that is know
 `ringctx.config_file` reads and writes the YAML.
 """
 
-from ringctx.config.curriculum import NAMED_ODDS, CurriculumConfig, StageConfig
+from ringctx.config.curriculum import CurriculumConfig, StageConfig
+from ringctx.config.curriculum_rules import ODDS
 from ringctx.config.data import DataConfig
+from ringctx.config.mix import split_mix_key
 from ringctx.config.model import MIXERS, ModelConfig
 from ringctx.config.parallel import (
     Layout,
@@ -20,7 +22,7 @@ from ringctx.config.training import CheckpointConfig, OptimConfig, TrackingConfi
 
 __all__ = [
     "MIXERS",
-    "NAMED_ODDS",
+    "ODDS",
     "CheckpointConfig",
     "Config",
     "CurriculumConfig",
@@ -35,4 +37,5 @@ __all__ = [
     "TopologyKind",
     "TrackingConfig",
     "TrainConfig",
+    "split_mix_key",
 ]
