@@ -5,8 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.ranks import close_pool, make_torch_strict
+
+# How long an example takes says something about the machine only.
+settings.register_profile("ringctx", deadline=None)
+settings.load_profile("ringctx")
 
 # Ranks compare the arguments of every attention call; the processes started here inherit it.
 os.environ["RINGCTX_CHECK"] = "1"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -77,7 +77,6 @@ def expected(
     return +pairs
 
 
-@settings(deadline=None)
 @given(drawn=packed_steps(), **WORLDS)
 def test_any_world_holds_every_token_and_target_of_a_packed_step_once(
     drawn: tuple[list[int], Step], layout: str, cp: int, dp: int, rows: int
@@ -94,7 +93,6 @@ def test_any_world_holds_every_token_and_target_of_a_packed_step_once(
     assert targets == step.num_targets
 
 
-@settings(deadline=None)
 @given(drawn=packed_steps(), seed=st.integers(0, 9), **WORLDS)
 def test_a_token_whose_loss_bit_is_off_is_never_a_target(
     drawn: tuple[list[int], Step], seed: int, layout: str, cp: int, dp: int, rows: int
@@ -125,7 +123,6 @@ def documents_of(step: Step) -> set[tuple[int, ...]]:
     }
 
 
-@settings(deadline=None)
 @given(drawn=packed_steps(), **WORLDS)
 def test_borders_cut_a_joined_row_into_its_pieces_and_padding(
     drawn: tuple[list[int], Step], layout: str, cp: int, dp: int, rows: int

@@ -105,7 +105,7 @@ def test_targets_are_all_tokens_that_have_a_next_one_in_their_document(kind: str
         assert step.num_targets == expected
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(kind=st.sampled_from(sorted(KINDS)), at=st.floats(0, 1))
 def test_resume_is_no_stop_from_any_step(kind: str, at: float) -> None:
     plan = make_plan(kind)
@@ -117,7 +117,7 @@ def test_resume_is_no_stop_from_any_step(kind: str, at: float) -> None:
     assert again.hash != plan.hash or stop == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     at=st.floats(0, 1),

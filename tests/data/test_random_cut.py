@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ringctx.data import random_cut
@@ -21,7 +21,6 @@ def by_document(cuts: RandomCuts) -> dict[int, list[tuple[int, int]]]:
     return {document: sorted(pieces) for document, pieces in found.items()}
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, small=st.integers(2, 6), more=st.integers(0, 5))
 def test_cutting_goes_on_while_two_longest_pieces_are_left(
     lengths: list[int], small: int, more: int
@@ -40,7 +39,6 @@ def test_cutting_goes_on_while_two_longest_pieces_are_left(
         assert lengths[document] - at < 2 * longest
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, others=LENGTHS, block=st.integers(1, 500))
 def test_a_document_is_cut_the_same_among_any_others_and_in_any_blocks(
     lengths: list[int], others: list[int], block: int

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ringctx.config import ParallelConfig
@@ -120,7 +120,6 @@ def test_groups_are_neighbours_and_work() -> None:
     assert run_ranks(4, _check_groups) == [(0, 1, 0), (1, 1, 0), (2, 5, 1), (3, 5, 1)]
 
 
-@settings(deadline=None)
 @given(
     log_cp=st.integers(0, 4),
     log_ulysses=st.integers(0, 4),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from tests.tolerances import assert_matches
 from tests.virtual_ranks import run_virtual
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 17), st.sampled_from(LAYOUTS))
 def test_gives_the_shortest_length_that_divides(seq_len: int, world_size: int, layout: str) -> None:
     length = padded_len(seq_len, world_size=world_size, layout=layout)
@@ -27,7 +26,6 @@ def test_gives_the_shortest_length_that_divides(seq_len: int, world_size: int, l
             local_len(shorter, world_size=world_size, layout=layout)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 5), st.sampled_from(LAYOUTS), st.integers(0, 2))
 def test_unpad_is_the_inverse_and_gradients_flow(
     seq_len: int, world_size: int, layout: str, dim: int

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -185,7 +185,6 @@ def test_bytes_equal_the_formula(
     run_virtual(world_size, body)
 
 
-@settings(deadline=None)
 @given(
     world_size=st.integers(1, 12),
     per_rank=st.integers(1, 12),
