@@ -30,6 +30,7 @@ from ringctx.parallel import positions
 
 ROW_LENS = (256, 4096, 65_536)
 _STEP_TOKENS, _TOKENS_PER_RANK = 2**21, 2**14
+_PLANNED_DOCUMENTS, _IMPORT_TOKENS, _TEXT_BYTES = 1_000_000, 2**27, 30_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,12 +68,15 @@ def cutting(num_documents: int, rounds: int) -> dict[str, Any]:
 
 def planning(rounds: int) -> dict[str, Any]:
     """A plan of a million steps."""
-    made = _Lengths(np.full(1_000_000, 2**13 - 1, dtype=np.int64))
+    made = _Lengths(np.full(_PLANNED_DOCUMENTS, 2**13 - 1, dtype=np.int64))
     rule = {"min_len": 256, "max_len": 4096, "tokens_per_step": 4096, "cycles": 8}
     plans: list[Plan] = []
     seconds = _median(lambda: plans.append(Plan(made, rule)), rounds)
     steps = len(plans[-1])
-    one = _median(lambda: [plans[-1].step(t) for t in range(0, steps, steps // 100)], rounds) / 100
+    one = (
+        _median(lambda: [plans[-1].step(t) for t in range(0, steps, max(1, steps // 100))], rounds)
+        / 100
+    )
     return {
         "plan": _row(seconds * 1e6 / steps, 30.0, "s a million steps", steps=steps),
         "a step of the plan": {"value": round(one * 1e3, 3), "unit": "ms"},
@@ -113,7 +117,7 @@ def opening(path: Path, rounds: int) -> dict[str, Any]:
 
 def importing(folder: Path, rounds: int) -> dict[str, Any]:
     """A raw token file as a dataset, beside reading the file from the disk."""
-    source, count = folder / "raw.npy", 2**27
+    source, count = folder / "raw.npy", _IMPORT_TOKENS
     tokens = np.random.default_rng(0).integers(0, 50_000, count, dtype=np.uint16)
     tokens[999::1000] = tokens[-1] = 50_000
     tokens.tofile(source)
@@ -173,10 +177,10 @@ def encoding(text: Path, tokenizer: str, folder: Path, rounds: int) -> dict[str,
 
 
 def _texts(folder: Path) -> list[str]:
-    """The Python sources of a folder, twice over if they are few: 30 MB or more."""
+    """The Python sources of a folder, several times over if they are few."""
     texts = [file.read_bytes().decode(errors="ignore") for file in sorted(folder.rglob("*.py"))]
     size = sum(map(len, texts))
-    return texts * max(1, -(-30_000_000 // max(size, 1)))
+    return texts * max(1, -(-_TEXT_BYTES // max(size, 1)))
 
 
 def write_tokens(path: Path, *, num_tokens: int) -> None:
