@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ringctx.data.hf_tokenizer import load_hf_tokenizer
 from ringctx.data.manifest import hash_json, new_hash
+from ringctx.data.vocabulary import Vocabulary
 from ringctx.errors import ConfigError, DatasetError
 
 __all__ = ["ByteTokenizer", "RankTokenizer", "Tokenizer", "load_tokenizer", "name_end_token"]
@@ -32,24 +33,8 @@ PATTERN = (
 _NUM_BYTES = 256
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Vocabulary, Protocol):
     """What a build needs of a tokenizer."""
-
-    @property
-    def name(self) -> str:
-        """What `load_tokenizer` was given."""
-
-    @property
-    def hash(self) -> str:
-        """Hex name of the mapping from text to ids."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, the end-of-document id included."""
-
-    @property
-    def end_id(self) -> int:
-        """The end-of-document id."""
 
     def encode(self, text: str, *, special: bool = False) -> NDArray[np.unsignedinteger[Any]]:
         """Ids of a text, without the end-of-document id.

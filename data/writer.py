@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,33 +32,14 @@ from ringctx.data.manifest import (
     token_dtype,
     tokens_name,
 )
+from ringctx.data.vocabulary import Vocabulary
 from ringctx.errors import ConfigError, DatasetError
 
-__all__ = ["DatasetWriter", "Vocabulary"]
+__all__ = ["DatasetWriter"]
 
 SHARD_BYTES = 2**30
 
 logger = logging.getLogger(__name__)
-
-
-class Vocabulary(Protocol):
-    """What a manifest says of the ids; a tokenizer has it."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-
-    @property
-    def hash(self) -> str:
-        """Hex name of the mapping from text to ids."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, the end-of-document id included."""
-
-    @property
-    def end_id(self) -> int:
-        """The end-of-document id."""
 
 
 class DatasetWriter:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from ringctx.data import Dataset, Loader
+from ringctx.data import Dataset, Documents, Loader
 from ringctx.model_cost import step_flops
 from ringctx.tracking import StepRecord
 from ringctx.trainer import Trainer
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plan_by_hand(dataset: Dataset) -> PlanByHand:
+def plan_by_hand(dataset: Documents) -> PlanByHand:
     """With masks and without, windows, thetas, and a stage with a rate of its own."""
     settings: list[dict[str, Any]] = [
         {"doc_mask": True},
@@ -113,7 +113,9 @@ class NoTargets(Dataset):
 
 def _train_on_no_targets(folder: Path) -> tuple[float, float, bool]:
     trainer = Trainer(run_plan(folder, world_size=2), world=world())
-    dataset = NoTargets(trainer.run.dataset.path, trainer.run.dataset.manifest)
+    whole = trainer.run.dataset
+    assert isinstance(whole, Dataset)
+    dataset = NoTargets(whole.path, whole.manifest)
     step = concatenated(dataset.lengths.tolist(), rows=2, bucket_len=128, doc_mask=True)
     step = type(step)(**{**vars(step), "num_targets": 0})
     loader = Loader(dataset, PlanByHand(step), shard_for=trainer.loader._shard_for)
