@@ -39,8 +39,10 @@ class Supply:
 
     buckets: tuple[RowBucket, ...]
     """By ascending length, or in the order of the stages."""
+    source_tokens: int
+    """Tokens of the documents that rows are made of: all, or those of the sources of a mix."""
     dropped_tokens: int
-    """Tokens of the dataset that no row can hold."""
+    """Tokens of these that no row can hold."""
     padding_tokens: int = 0
     """Places without a token in the rows that the plan may take."""
     notes: tuple[str, ...] = ()

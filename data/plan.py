@@ -25,7 +25,7 @@ from ringctx.data.stages import StageSchedule
 from ringctx.data.state import PlanState
 from ringctx.data.steps import Step, count_targets
 from ringctx.data.summary import PlanSummary, summarise
-from ringctx.data.supply import make_supply
+from ringctx.data.supply import check_stages, make_supply
 from ringctx.errors import ConfigError
 
 __all__ = ["Plan"]
@@ -152,6 +152,7 @@ class Plan:
             raise IndexError(f"step {step} is not in the plan: {self.first_step} to {len(self)}")
 
     def _start(self) -> None:
+        check_stages(self._supply, self.curriculum)
         self._folded: tuple[int, ...] = ()
         if self.curriculum.kind == "decomposed":
             self._folded = find_folded(

@@ -6,19 +6,21 @@ epoch takes every document once, in an order of its own.
 `PiecePool`: equal pieces of the decomposition. `StreamPool`: all tokens end to end, cut into rows
 (concat-and-chunk). Others: `packing.BestFitPool`, `mixing.MixedPool`.
 Price: an order (4 bytes a piece, 12 in a stream) when an epoch is first asked for, kept for the
-last epoch only; then well under a microsecond a row or segment.
+last two epochs; then well under a microsecond a row or segment.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ringctx.data.decompose import Bucket
 from ringctx.data.randomness import Unit, permutation
+
+T = TypeVar("T", bound=np.generic)
 
 __all__ = ["EpochOrder", "PiecePool", "RowPool", "Rows", "StreamPool", "whole_documents"]
 
@@ -95,13 +97,13 @@ class EpochOrder:
         """Arguments as of `permutation`."""
         self._n = n
         self._seed, self._bucket_len, self._source, self._unit = seed, bucket_len, source, unit
-        self._last: tuple[int, NDArray[np.uint32]] | None = None
+        self._orders: dict[int, NDArray[np.uint32]] = {}
 
     def epoch(self, epoch: int) -> NDArray[np.uint32]:
         """The order of one epoch, `[n]`."""
-        last = self._last
-        if last is None or last[0] != epoch:
-            order = permutation(
+
+        def make() -> NDArray[np.uint32]:
+            return permutation(
                 self._n,
                 seed=self._seed,
                 bucket_len=self._bucket_len,
@@ -109,8 +111,8 @@ class EpochOrder:
                 source=self._source,
                 unit=self._unit,
             )
-            self._last = last = (epoch, order)
-        return last[1]
+
+        return _recent(self._orders, epoch, make)
 
     def take(self, first: int, count: int) -> NDArray[np.uint32]:
         """Entries first, first + 1, ... of all epochs' orders one after another."""
@@ -198,7 +200,7 @@ class StreamPool:
         self.epoch_tokens = int(pieces[:, 2].sum())
         self._pieces, self._start = pieces, start
         self._order = EpochOrder(len(pieces), seed=seed, bucket_len=0, source=source, unit="stream")
-        self._last_ends: tuple[int, NDArray[np.int64]] | None = None
+        self._ends_of: dict[int, NDArray[np.int64]] = {}
 
     def available(self, epochs: float) -> int:
         """How many rows come before any token is used more than `epochs` times."""
@@ -237,8 +239,17 @@ class StreamPool:
 
     def _ends(self, epoch: int) -> NDArray[np.int64]:
         """Where each piece of an epoch's order ends in that epoch's tokens."""
-        last = self._last_ends
-        if last is None or last[0] != epoch:
-            ends = np.cumsum(self._pieces[self._order.epoch(epoch), 2])
-            self._last_ends = last = (epoch, ends)
-        return last[1]
+
+        def make() -> NDArray[np.int64]:
+            return np.cumsum(self._pieces[self._order.epoch(epoch), 2])
+
+        return _recent(self._ends_of, epoch, make)
+
+
+def _recent(kept: dict[int, NDArray[T]], epoch: int, make: Callable[[], NDArray[T]]) -> NDArray[T]:
+    """What belongs to an epoch; kept for two, as rows may lie on both sides of a border."""
+    if epoch not in kept:
+        kept[epoch] = make()
+        for older in list(kept)[:-2]:
+            del kept[older]
+    return kept[epoch]

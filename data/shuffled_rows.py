@@ -17,16 +17,26 @@ __all__ = ["ShuffledPool"]
 class ShuffledPool:
     """Blocks of a pool's rows one after another, each in random order."""
 
-    def __init__(self, pool: RowPool, *, block: int, seed: int, source: int = 0) -> None:
+    def __init__(
+        self,
+        pool: RowPool,
+        *,
+        block: int,
+        total: int | None = None,
+        seed: int,
+        source: int = 0,
+    ) -> None:
         """Shuffle a pool.
 
         Args:
             pool: what to take rows from.
             block: rows that change places with one another, the first block from row 0 on.
+            total: rows that may change places at all, so that the last block may be shorter; those
+                beyond are another's. None: there is no end.
             seed: of the run.
             source: number of the source whose documents these are.
         """
-        self._pool, self._block = pool, max(block, 1)
+        self._pool, self._block, self._total = pool, max(block, 1), total
         self._seed, self._source = seed, source
         self._last: tuple[int, NDArray[np.uint32]] | None = None
 
@@ -49,8 +59,9 @@ class ShuffledPool:
         """The row of the pool that comes at this place."""
         block, at = divmod(ordinal, self._block)
         if self._last is None or self._last[0] != block:
+            left = self._block if self._total is None else self._total - block * self._block
             order = permutation(
-                self._block,
+                min(self._block, left),
                 seed=self._seed,
                 bucket_len=self.row_len,
                 epoch=block,

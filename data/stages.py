@@ -36,7 +36,12 @@ class StageSchedule:
         """
         self.origin = origin
         self._rows_per_step = tuple(rows_per_step)
-        left = [n - taken for n, taken in zip(rows, origin.consumed, strict=True)]
+        # What stages that are over have left over stays so: no step goes back.
+        begun = max((k for k, taken in enumerate(origin.consumed) if taken), default=0)
+        left = [
+            0 if k < begun else n - taken
+            for k, (n, taken) in enumerate(zip(rows, origin.consumed, strict=True))
+        ]
         self._steps = [max(0, n) // each for n, each in zip(left, rows_per_step, strict=True)]
         self._first = [0, *accumulate(self._steps)]
         self.order: NDArray[np.uint8] = np.repeat(np.arange(len(rows), dtype=np.uint8), self._steps)

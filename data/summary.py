@@ -25,6 +25,8 @@ class BucketPlan:
     pieces: int
     """Rows; unpacked, each is one piece."""
     tokens: int
+    rows_per_step: int
+    """Rows of a step; of the largest, where stages of one length differ."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,14 @@ def summarise(
     """
     buckets: dict[int, BucketPlan] = {}
     for bucket, count in zip(supply.buckets, steps, strict=True):
-        rows = count * bucket.rows_per_step(curriculum.tokens_per_step)
+        each = bucket.rows_per_step(curriculum.tokens_per_step)
         if count:
-            had = buckets.get(bucket.row_len, BucketPlan(0, 0, 0))
-            tokens = rows * bucket.row_len
+            had = buckets.get(bucket.row_len, BucketPlan(0, 0, 0, 0))
             buckets[bucket.row_len] = BucketPlan(
-                had.steps + count, had.pieces + rows, had.tokens + tokens
+                steps=had.steps + count,
+                pieces=had.pieces + count * each,
+                tokens=had.tokens + count * each * bucket.row_len,
+                rows_per_step=max(had.rows_per_step, each),
             )
     tokens = sum(bucket.tokens for bucket in buckets.values())
     before = sum(n * b.row_len for n, b in zip(spent, supply.buckets, strict=True))

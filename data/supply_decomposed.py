@@ -65,6 +65,7 @@ def decomposed_supply(dataset: Documents, rule: CurriculumConfig, *, seed: int) 
             )
             for mixture, rows in zip(mixtures, limits, strict=True)
         ),
+        source_tokens=sum(int(share.lengths.sum()) for share in shares),
         dropped_tokens=dropped,
         notes=tuple(_notes(shares, mixtures)),
     )

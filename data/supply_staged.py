@@ -49,9 +49,10 @@ def staged_supply(dataset: Documents, rule: CurriculumConfig, *, seed: int) -> S
     ]
     return Supply(
         buckets=tuple(buckets),
+        source_tokens=int(dataset.lengths.sum()),
         dropped_tokens=0,
         padding_tokens=builder.padding_tokens,
-        notes=tuple(builder.notes),
+        notes=(*builder.notes, *_shared_sources(sources)),
     )
 
 
@@ -95,6 +96,7 @@ class _Builder:
         self._rule, self._seed = rule, seed
         self._used: dict[str, int] = defaultdict(int)
         """Tokens by key."""
+        self._pools: dict[tuple[str, int, int], RowPool] = {}
         self.notes: list[str] = []
         self.padding_tokens = 0
 
@@ -144,9 +146,9 @@ class _Builder:
                 f"{mixture.exhausted} runs out after {most * stage.len:,}; lower the tokens or "
                 "its weight, or let it repeat with curriculum.max_epochs"
             )
-        self.notes.append(
-            f"stage {number}: the documents repeat, {rows / max(most, 1):.1f} times in all"
-        )
+        there = int(mixture.shares[0].lengths.sum())
+        times = (self._used[""] + rows * stage.len) / there
+        self.notes.append(f"up to stage {number} the documents are used {times:.1f} times")
         return rows
 
     def _count(self, mixture: Mixture, rows: int) -> None:
@@ -161,6 +163,12 @@ class _Builder:
     def _pool(self, share: SourceShare, *, row_len: int) -> RowPool:
         """Rows of one source, from where earlier stages left off."""
         start = self._used[share.key]
+        key = share.key, row_len, start
+        if key not in self._pools:
+            self._pools[key] = self._make_pool(share, row_len=row_len, start=start)
+        return self._pools[key]
+
+    def _make_pool(self, share: SourceShare, *, row_len: int, start: int) -> RowPool:
         order = {"seed": self._seed, "source": share.number}
         if share.piece_len is not None:
             return PiecePool(
@@ -179,9 +187,24 @@ class _Builder:
         """The rows of a source in a stage; those of a stream change places."""
         if not isinstance(pool, StreamPool):
             return pool
-        # A later stage goes on where this one stops, so that only the rows of this one may.
-        block = count if self._rule.kind == "stages" else pool.available(1.0)
-        return ShuffledPool(pool, block=block, seed=self._seed, source=share.number)
+        epoch = max(1, pool.epoch_tokens // pool.row_len)
+        order = {"seed": self._seed, "source": share.number}
+        if self._rule.kind == "stages":
+            # A later stage goes on where this one stops: only the rows of this one change places.
+            return ShuffledPool(pool, block=min(count, epoch), total=count, **order)
+        return ShuffledPool(pool, block=epoch, **order)
+
+
+def _shared_sources(sources: Sequence[Sequence[SourceShare]]) -> list[str]:
+    """A note for each source that mixes name in several ways."""
+    keys: dict[int, set[str]] = defaultdict(set)
+    for share in (share for shares in sources for share in shares):
+        keys[share.number].add(share.key)
+    return [
+        f"{', '.join(sorted(names))} are of one source; max_epochs counts for each of them"
+        for _, names in sorted(keys.items())
+        if len(names) > 1
+    ]
 
 
 def _whole_pieces(share: SourceShare, length: int) -> Bucket:

@@ -51,7 +51,7 @@ def plan_table(run: RunPlan) -> dict[str, Any]:
     buckets = {}
     for length, bucket in summary.buckets.items():
         layout = run.layouts[length]
-        rows = bucket.pieces // bucket.steps
+        rows = bucket.rows_per_step
         buckets[length] = {
             "steps": bucket.steps,
             "pieces": bucket.pieces,

@@ -132,7 +132,7 @@ def layout_table(run: RunPlan) -> list[str]:
         _layout_line(
             length,
             run.layouts[length],
-            num_rows=bucket.pieces // bucket.steps,
+            num_rows=bucket.rows_per_step,
             ulysses_degree=run.config.parallel.ulysses_degree,
         )
         for length, bucket in summary.buckets.items()

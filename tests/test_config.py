@@ -253,8 +253,12 @@ CURRICULUM_MISTAKES = [
         r"total_tokens=1073741824 and the tokens of curriculum\.stages are both set",
     ),
     (
-        "curriculum={kind: stages, stages: [{len: 1k, tokens: 1k}]}",
-        r"stages\[0\]\.tokens=1024 is less than one step of curriculum\.tokens_per_step=524,288",
+        "curriculum={kind: stages, stages: [{len: 1k, tokens: 0}]}",
+        r"stages\[0\]\.tokens=0 must be positive",
+    ),
+    (
+        f"curriculum={{kind: stages, stages: [{', '.join(['{len: 2, share: 1}'] * 256)}]}}",
+        r"curriculum\.stages has 256 entries; 255 is the most",
     ),
     # Sources.
     ("curriculum.mix=3", r"curriculum\.mix=3 must be a section of names"),

@@ -94,7 +94,8 @@ class CurriculumConfig:
     """Weights of sources, inside every bucket and in every stage without a mix of its own;
     null: all documents alike."""
     max_epochs: dict[str, float] | None = None
-    """How often a source of a mix may be repeated, by name; where none is given, 1."""
+    """How often a source of a mix may be repeated, by name; where none is given, 1. It counts for
+    `name` and each `name@LEN` by themselves."""
 
     def __post_init__(self) -> None:
         """Bring nested values into their own types, and check what one section can know."""

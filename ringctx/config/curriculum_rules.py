@@ -41,6 +41,10 @@ _KINDS_OF = {
 }
 
 
+# A plan keeps one byte a step for its stage.
+MOST_STAGES = 255
+
+
 def curriculum_rules(curriculum: "CurriculumConfig") -> list[Rule]:
     """All rules of a curriculum of its kind."""
     own = {
@@ -181,6 +185,10 @@ def _stages_rules(curriculum: "CurriculumConfig") -> list[Rule]:
             "[{len: 1k, share: 1}, {len: 8k, share: 1}]",
         ),
         (
+            len(stages) <= MOST_STAGES,
+            f"curriculum.stages has {len(stages)} entries; {MOST_STAGES} is the most",
+        ),
+        (
             (shares, tokens) in ((len(stages), 0), (0, len(stages))),
             f"of the {len(stages)} curriculum.stages, {shares} have share and {tokens} have "
             "tokens; give all of them share, or all of them tokens",
@@ -206,9 +214,8 @@ def _stage_rules(stage: "StageConfig", name: str, curriculum: "CurriculumConfig"
         ),
         *_len_rules(stage.len, per_step, name, given_in=given_in),
         (
-            stage.tokens is None or stage.tokens >= per_step,
-            f"{name}.tokens={stage.tokens} is less than one step of {given_in}.tokens_per_step="
-            f"{per_step:,}; raise it, or leave the stage out",
+            stage.tokens is None or stage.tokens > 0,
+            f"{name}.tokens={stage.tokens} must be positive, or null",
         ),
     ]
     for field, above in (("share", 0), ("lr", 0), ("rope_theta", 1)):
@@ -247,6 +254,8 @@ def _step_rules(
 
 def _total_rules(curriculum: "CurriculumConfig") -> list[Rule]:
     total, per_step = curriculum.total_tokens, curriculum.tokens_per_step
+    own = [stage.tokens_per_step or per_step for stage in curriculum.stages]
+    per_step = min(own, default=per_step)
     return [
         (
             total is None or total >= per_step,

@@ -207,6 +207,60 @@ def test_a_stage_keeps_its_share_of_the_schedule_when_steps_change_size() -> Non
     )
 
 
+def test_no_step_goes_back_to_a_stage_that_is_over_when_steps_shrink() -> None:
+    plan = make_plan("growing rows", tokens_per_step=4096)
+    stop = len(plan.steps_of(16)) + 2
+    changed = make_plan("growing rows", tokens_per_step=256, state=plan.state(stop))
+    lengths = [changed.bucket_len(t) for t in range(stop, len(changed))]
+    assert lengths[0] == 64 and lengths == sorted(lengths)
+
+
+def test_a_stage_that_is_over_may_be_shorter_than_a_step_has_become() -> None:
+    rule = {"stages": [{"len": 16, "tokens": STEP}, {"len": 64, "tokens": 16 * STEP}]}
+    plan = make_plan("growing rows", **rule)
+    changed = make_plan("growing rows", tokens_per_step=4 * STEP, state=plan.state(3), **rule)
+    assert [changed.bucket_len(t) for t in range(3, len(changed))] == [64, 64, 64]
+    with pytest.raises(
+        ConfigError, match=r"stages\[0\] has 32 rows of 16 tokens, less than the 128"
+    ):
+        make_plan("growing rows", tokens_per_step=4 * STEP, **rule)
+
+
+def test_stages_beyond_the_data_use_every_document_again_before_any_a_third_time() -> None:
+    total = int(2.5 * sum(LENGTHS))
+    plan = make_plan("growing rows", total_tokens=total)
+    found = uses(plan, 0, len(plan))
+    assert set(found.values()) <= {1, 2, 3}
+    # What stages leave over at their ends was to be used as well.
+    left = plan.describe().left_over_tokens + 3 * 256
+    assert sum(1 for n in found.values() if n < 2) <= left
+    assert any("are used 2.5 times" in note for note in plan.describe().notes)
+
+
+def test_a_source_in_several_ways_is_noted() -> None:
+    notes = "; ".join(make_plan("stages, mixed").describe().notes)
+    assert "max_epochs" not in notes
+    rule = {"stages": [{"len": 64, "share": 1, "mix": {"code": 1, "code@32": 1}}]}
+    notes = "; ".join(make_plan("stages, mixed", **rule).describe().notes)
+    assert "code, code@32 are of one source; max_epochs counts for each of them" in notes
+
+
+def test_the_dropped_share_is_that_of_the_sources_that_are_mixed() -> None:
+    made = MadeUpDocuments([6400] * 40 + [127] * 40, sources=[0] * 40 + [1] * 40,
+                           source_names=("long", "short"))  # fmt: skip
+    rule = {"min_len": 64, "max_len": 64, "tokens_per_step": 128}
+    assert Plan(made, rule).describe().dropped_tokens == 40 * 63
+    with pytest.raises(ConfigError, match=r"49\.6% of the tokens .*max_dropped=0\.2"):
+        Plan(made, rule | {"mix": {"short": 1}})
+
+
+def test_rejects_tails_that_fill_no_row() -> None:
+    rule = {"min_len": 256, "max_len": 256, "tokens_per_step": 256, "short_tail": "pack",
+            "max_dropped": 1.0, "total_tokens": 256}  # fmt: skip
+    with pytest.raises(ConfigError, match=r"gives 0 tokens in sequences of 256 to 256"):
+        Plan(MadeUpDocuments([100, 50]), rule)
+
+
 def test_the_window_grows_with_the_steps_up_to_the_row() -> None:
     plan = make_plan("window")
     windows = [plan.step(t).window for t in range(len(plan))]
@@ -253,7 +307,7 @@ def test_loss_bits_decide_what_is_a_target() -> None:
         ({"mix": {"code": 1, "poems": 1}}, r"curriculum\.mix: .*no source 'poems'.*code, prose"),
         ({"min_len": 128, "max_dropped": 0.2}, r"dropped, more than curriculum\.max_dropped=0\.2"),
         ({"kind": "packed", "min_len": 256, "max_len": 8192, "len": 64,
-          "tokens_per_step": 2**20}, r"less than the 16,384 of one step"),
+          "tokens_per_step": 2**20}, r"the curriculum has .* rows of 64 .* the 16,384 of one step"),
     ],
 )  # fmt: skip
 def test_rejects_what_the_documents_do_not_give(changes: dict[str, Any], message: str) -> None:
