@@ -216,7 +216,9 @@ def test_no_step_goes_back_to_a_stage_that_is_over_when_steps_shrink() -> None:
 
 
 def test_a_stage_that_is_over_may_be_shorter_than_a_step_has_become() -> None:
-    rule = {"stages": [{"len": 16, "tokens": STEP}, {"len": 64, "tokens": 16 * STEP}]}
+    rule: dict[str, Any] = {
+        "stages": [{"len": 16, "tokens": STEP}, {"len": 64, "tokens": 16 * STEP}]
+    }
     plan = make_plan("growing rows", **rule)
     changed = make_plan("growing rows", tokens_per_step=4 * STEP, state=plan.state(3), **rule)
     assert [changed.bucket_len(t) for t in range(3, len(changed))] == [64, 64, 64]
@@ -240,7 +242,7 @@ def test_stages_beyond_the_data_use_every_document_again_before_any_a_third_time
 def test_a_source_in_several_ways_is_noted() -> None:
     notes = "; ".join(make_plan("stages, mixed").describe().notes)
     assert "max_epochs" not in notes
-    rule = {"stages": [{"len": 64, "share": 1, "mix": {"code": 1, "code@32": 1}}]}
+    rule: dict[str, Any] = {"stages": [{"len": 64, "share": 1, "mix": {"code": 1, "code@32": 1}}]}
     notes = "; ".join(make_plan("stages, mixed", **rule).describe().notes)
     assert "code, code@32 are of one source; max_epochs counts for each of them" in notes
 
@@ -248,7 +250,7 @@ def test_a_source_in_several_ways_is_noted() -> None:
 def test_the_dropped_share_is_that_of_the_sources_that_are_mixed() -> None:
     made = MadeUpDocuments([6400] * 40 + [127] * 40, sources=[0] * 40 + [1] * 40,
                            source_names=("long", "short"))  # fmt: skip
-    rule = {"min_len": 64, "max_len": 64, "tokens_per_step": 128}
+    rule: dict[str, Any] = {"min_len": 64, "max_len": 64, "tokens_per_step": 128}
     assert Plan(made, rule).describe().dropped_tokens == 40 * 63
     with pytest.raises(ConfigError, match=r"49\.6% of the tokens .*max_dropped=0\.2"):
         Plan(made, rule | {"mix": {"short": 1}})
