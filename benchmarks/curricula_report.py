@@ -91,12 +91,15 @@ def draw(out: Path, measured: dict[str, Any], path: Path) -> None:
         if row["edges"]:
             middles = np.sqrt(np.maximum(row["edges"][:-1], 32) * np.array(row["edges"][1:]))
             by_position.plot(middles, row["by_position"], marker=".", **style)
-    top = max(row["evaluations"][1][2] for row in measured.values())
+    # The first steep fall of all variants is the same, and would hide the rest.
+    top = max(row["evaluations"][:3][-1][2] for row in measured.values())
     low = min(row["evaluations"][-1][2] for row in measured.values())
     for axes, label in ((by_tokens, "tokens (millions)"), (by_seconds, "CPU seconds of training")):
         axes.set(xlabel=label, ylabel="held-out loss (nats)", ylim=(low - 0.1, top))
         axes.grid(alpha=0.3)
     by_position.set_xscale("log", base=2)
+    ticks = [2**k for k in range(6, 14, 2)]
+    by_position.set_xticks(ticks, [str(tick) for tick in ticks])
     by_position.set(xlabel="position in the document", ylabel="held-out loss at the end (nats)")
     by_position.grid(alpha=0.3)
     by_tokens.legend(frameon=False)

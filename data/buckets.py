@@ -43,6 +43,11 @@ class Supply:
     """Tokens of the documents that rows are made of: all, or those of the sources of a mix."""
     dropped_tokens: int
     """Tokens of these that no row can hold."""
+    passed_over_tokens: int
+    """Tokens of the dataset that the rows leave out: by total_tokens, stages, weights of sources,
+    and at the end of a stream."""
+    repeated_tokens: int
+    """Tokens in the rows that had been in a row before."""
     padding_tokens: int = 0
     """Places without a token in the rows that the plan may take."""
     notes: tuple[str, ...] = ()

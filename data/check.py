@@ -57,9 +57,13 @@ def check_dataset(path: str | Path) -> list[str]:
     for shard in range(len(manifest.shards)):
         # A file that was changed may break rules besides: it is told once.
         found: dict[Path, str] = {}
+        readable = True
         for problem in shard_problems(folder, manifest, shard, full=True):
             found.setdefault(problem.path, problem.text)
-        problems += found.values() or _id_problems(folder, manifest, shard)
+            readable &= problem.changed
+        problems += found.values()
+        if readable:
+            problems += _id_problems(folder, manifest, shard)
     return problems
 
 

@@ -6,6 +6,7 @@ borders of targets are borders of tokens.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ class MessageFormat:
 
     def __post_init__(self) -> None:
         """Check the template."""
+        strange = set(re.findall(r"\{\w+\}", self.template)) - {"{role}", "{content}"}
+        if strange:
+            raise ConfigError(
+                f"--message-template {self.template!r} holds {', '.join(sorted(strange))}; only "
+                "{role} and {content} stand for something"
+            )
         if self.template.count("{content}") != 1:
             raise ConfigError(
                 f"--message-template {self.template!r} must hold {{content}} exactly once, as "

@@ -92,7 +92,7 @@ class PlanState:
         if changed:
             raise ConfigError(
                 "the plan state belongs to another plan: " + "; ".join(changed) + ". Set it "
-                "back, or start a new run (only tokens_per_step may change on the way)"
+                "back, or start a new run (of these only tokens_per_step may change)"
             )
 
 

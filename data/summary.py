@@ -1,7 +1,7 @@
 """A plan in numbers: steps and rows by length, and where every token of the dataset went.
 
-    dataset tokens = dropped + passed over + offered (but for repeats)
-    places offered = in steps + left over
+    dataset tokens = dropped + passed over + places of all rows - padding - repeated
+    places of all rows = trained before + in steps + left over
 
 Price: nothing is read but counters.
 """
@@ -54,9 +54,14 @@ class PlanSummary:
     dropped_tokens: int
     """Tokens of the dataset that no row can hold: remainders below min_len."""
     passed_over_tokens: int
-    """Tokens of the dataset that total_tokens, stages or the weights of sources leave out."""
+    """Tokens of the dataset that the rows leave out: by total_tokens, stages, weights of sources,
+    and at the end of a stream."""
+    trained_tokens: int
+    """Tokens of the steps before the first."""
     left_over_tokens: int
     """Tokens that the plan may take but that fill no step at its end."""
+    repeated_tokens: int
+    """Tokens in the rows that the plan may take that had been in one before."""
     padding_tokens: int
     """Places without a token in the rows that the plan may take."""
     folds: tuple[Fold, ...]
@@ -100,7 +105,6 @@ def summarise(
     before = sum(n * b.row_len for n, b in zip(spent, supply.buckets, strict=True))
     whole = int(dataset.lengths.sum())
     kept = whole - supply.dropped_tokens
-    offered = min(supply.tokens, curriculum.total_tokens or supply.tokens)
     return PlanSummary(
         steps=sum(steps),
         tokens=tokens,
@@ -108,8 +112,10 @@ def summarise(
         dataset_tokens=whole,
         kept_tokens=kept,
         dropped_tokens=supply.dropped_tokens,
-        passed_over_tokens=max(0, kept - offered + supply.padding_tokens),
-        left_over_tokens=offered - before - tokens,
+        passed_over_tokens=supply.passed_over_tokens,
+        trained_tokens=before,
+        left_over_tokens=supply.tokens - before - tokens,
+        repeated_tokens=supply.repeated_tokens,
         padding_tokens=supply.padding_tokens,
         folds=_folds(supply, mixed, folded),
         notes=supply.notes,

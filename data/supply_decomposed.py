@@ -55,6 +55,13 @@ def decomposed_supply(dataset: Documents, rule: CurriculumConfig, *, seed: int) 
     if rule.mix is not None:
         _check_total(rule, natural, mixtures)
     limits = share_pieces(natural, lengths, total_tokens=rule.total_tokens)
+    source_tokens = sum(int(share.lengths.sum()) for share in shares)
+    # Tokens beyond one epoch, for each source in each bucket.
+    more = [
+        (count - part.available(1.0)) * part.row_len
+        for mixture, rows in zip(mixtures, limits, strict=True)
+        for part, count in zip(mixture.parts, mixture.counts(rows), strict=True)
+    ]
     return Supply(
         buckets=tuple(
             RowBucket(
@@ -65,8 +72,12 @@ def decomposed_supply(dataset: Documents, rule: CurriculumConfig, *, seed: int) 
             )
             for mixture, rows in zip(mixtures, limits, strict=True)
         ),
-        source_tokens=sum(int(share.lengths.sum()) for share in shares),
+        source_tokens=source_tokens,
         dropped_tokens=dropped,
+        passed_over_tokens=int(dataset.lengths.sum())
+        - source_tokens
+        + sum(max(0, -n) for n in more),
+        repeated_tokens=sum(max(0, n) for n in more),
         notes=tuple(_notes(shares, mixtures)),
     )
 

@@ -51,6 +51,8 @@ def staged_supply(dataset: Documents, rule: CurriculumConfig, *, seed: int) -> S
         buckets=tuple(buckets),
         source_tokens=int(dataset.lengths.sum()),
         dropped_tokens=0,
+        passed_over_tokens=builder.passed_over(dataset, sources),
+        repeated_tokens=builder.repeated(sources),
         padding_tokens=builder.padding_tokens,
         notes=(*builder.notes, *_shared_sources(sources)),
     )
@@ -95,7 +97,9 @@ class _Builder:
     def __init__(self, rule: CurriculumConfig, *, seed: int) -> None:
         self._rule, self._seed = rule, seed
         self._used: dict[str, int] = defaultdict(int)
-        """Tokens by key."""
+        """Places by key."""
+        self._taken: dict[int, int] = defaultdict(int)
+        """Tokens by number of source."""
         self._pools: dict[tuple[str, int, int], RowPool] = {}
         self.notes: list[str] = []
         self.padding_tokens = 0
@@ -133,6 +137,17 @@ class _Builder:
             tokens_per_step=stage.tokens_per_step,
         )
 
+    def passed_over(self, dataset: Documents, sources: Sequence[Sequence[SourceShare]]) -> int:
+        """Tokens of the dataset that no row takes."""
+        there = _tokens_by_source(sources)
+        unnamed = int(dataset.lengths.sum()) - sum(there.values())
+        return unnamed + sum(max(0, n - self._taken[source]) for source, n in there.items())
+
+    def repeated(self, sources: Sequence[Sequence[SourceShare]]) -> int:
+        """Tokens that rows take beyond one use of each document."""
+        there = _tokens_by_source(sources)
+        return sum(max(0, self._taken[source] - n) for source, n in there.items())
+
     def _beyond(
         self, number: int, stage: StageConfig, mixture: Mixture, rows: int, most: int
     ) -> int:
@@ -156,9 +171,12 @@ class _Builder:
         for share, pool, count in zip(
             mixture.shares, mixture.parts, mixture.counts(rows), strict=True
         ):
-            self._used[share.key] += count * pool.row_len
+            places, padding = count * pool.row_len, 0
             if isinstance(pool, BestFitPool):
-                self.padding_tokens += round(pool.padding_share * count * pool.row_len)
+                padding = round(pool.padding_share * places)
+            self._used[share.key] += places
+            self._taken[share.number] += places - padding
+            self.padding_tokens += padding
 
     def _pool(self, share: SourceShare, *, row_len: int) -> RowPool:
         """Rows of one source, from where earlier stages left off."""
@@ -193,6 +211,11 @@ class _Builder:
             # A later stage goes on where this one stops: only the rows of this one change places.
             return ShuffledPool(pool, block=min(count, epoch), total=count, **order)
         return ShuffledPool(pool, block=epoch, **order)
+
+
+def _tokens_by_source(sources: Sequence[Sequence[SourceShare]]) -> dict[int, int]:
+    """Tokens of each source that some stage mixes."""
+    return {share.number: int(share.lengths.sum()) for shares in sources for share in shares}
 
 
 def _shared_sources(sources: Sequence[Sequence[SourceShare]]) -> list[str]:

@@ -22,8 +22,19 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `ringctx`; returns the exit code: 0, 1 (a check failed) or 2 (a mistake)."""
-    given = _parser().parse_args(arguments)
-    return exit_code(lambda: int(given.run(given)))
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = _parser()
+    # argparse takes no overrides behind an option by itself.
+    given, more = parser.parse_known_args(arguments)
+    strange = [item for item in more if "=" not in item or item.startswith("-")]
+    if strange or (more and "overrides" not in given):
+        parser.error(f"unrecognized arguments: {' '.join(strange or more)}")
+    if more:
+        given.overrides = [*given.overrides, *more]
+    return int(given.run(given))
 
 
 def _parser() -> argparse.ArgumentParser:

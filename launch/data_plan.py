@@ -71,6 +71,7 @@ def plan_table(run: RunPlan) -> dict[str, Any]:
         "kept_tokens": summary.kept_tokens,
         "dropped_tokens": summary.dropped_tokens,
         "passed_over_tokens": summary.passed_over_tokens,
+        "repeated_tokens": summary.repeated_tokens,
         "left_over_tokens": summary.left_over_tokens,
         "padding_tokens": summary.padding_tokens,
         "folds": [vars(fold) for fold in summary.folds],
@@ -107,9 +108,11 @@ def _lines(table: dict[str, Any]) -> list[str]:
         f"  {name:12} {table[key]:>16,}  {table[key] / whole:6.1%} of the dataset{meaning}"
         for name, key, meaning in (
             ("dataset", "dataset_tokens", ""),
+            ("in steps", "tokens", ""),
             ("dropped", "dropped_tokens", ": remainders below min_len"),
-            ("passed over", "passed_over_tokens", ": total_tokens, stages or weights leave them"),
+            ("passed over", "passed_over_tokens", ": in no row of this curriculum"),
             ("left over", "left_over_tokens", ": less than a step at the end"),
+            ("repeated", "repeated_tokens", ": in steps or left over, and not for the first time"),
             ("padding", "padding_tokens", ": places without a token in packed rows"),
         )
         if table[key] or key in ("dataset_tokens", "dropped_tokens")

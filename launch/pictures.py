@@ -29,8 +29,14 @@ def new_figure(*, width: float = 8, height: float = 4.5) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG."""
-    figure.savefig(path, dpi=120, format="png")
+    """Write a PNG.
+
+    Raises:
+        ConfigError: if the name is not that of a PNG, or its folder does not exist.
+    """
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise ConfigError(f"{path} must be the name of a .png file in a folder that exists")
+    figure.savefig(path, dpi=120)
 
 
 def length_label(length: int) -> str:

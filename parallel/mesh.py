@@ -220,7 +220,7 @@ def step_layout(bucket_len: int, *, world_size: int, parallel: ParallelConfig) -
         raise ConfigError(
             f"sequences of {bucket_len:,} tokens do not fit: {_why(degree, world_size, parallel)}, "
             f"and with parallel.tokens_per_rank={per_rank:,} that holds {degree * per_rank:,} "
-            f"tokens; lower curriculum.max_len to that, raise parallel.tokens_per_rank to "
+            f"tokens; lower curriculum.max_len (or len) to that, raise parallel.tokens_per_rank to "
             f"{bucket_len // degree:,}, or raise the degree"
         )
     blocks = cp * (2 if parallel.layout == "zigzag" else 1)

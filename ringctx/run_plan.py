@@ -75,6 +75,11 @@ def make_run_plan(
     layouts = step_layouts(plan.bucket_lens, world_size=world_size, parallel=config.parallel)
     _check_nodes({layout.cp_degree for layout in layouts.values()}, world_size, config.parallel)
     num_steps = config.train.steps or len(plan)
+    if num_steps < plan.first_step:
+        raise ConfigError(
+            f"train.steps={num_steps:,}, but the checkpoint has {plan.first_step:,} steps done; "
+            "raise it, or start a new run"
+        )
     if num_steps > len(plan):
         raise ConfigError(
             f"train.steps={num_steps:,} is more than the {len(plan):,} steps of the plan; lower "
@@ -156,10 +161,12 @@ def _coverage(summary: PlanSummary) -> str:
         f"{name} {tokens:,} ({tokens / summary.dataset_tokens:.2%})"
         for name, tokens in (
             ("in steps", summary.tokens),
+            ("trained before", summary.trained_tokens),
             ("dropped as too short", summary.dropped_tokens),
             ("passed over", summary.passed_over_tokens),
             ("left over at the end", summary.left_over_tokens),
-            ("padding", summary.padding_tokens),
+            ("of these padding", -summary.padding_tokens),
+            ("of these repeated", -summary.repeated_tokens),
         )
         if tokens or name in ("in steps", "dropped as too short")
     ]

@@ -32,7 +32,7 @@ class DataConfig:
                 (
                     not self.path or self.sources is None,
                     f"data.path={self.path} and data.sources={list(named)} are both set: take "
-                    "path for one dataset, or sources for several",
+                    "path for one dataset, or sources for several with data.path=''",
                 ),
                 (
                     self.sources is None or bool(named),

@@ -73,12 +73,11 @@ def test_one_epoch_trains_no_token_twice_and_accounts_for_all(kind: str) -> None
     found, summary = uses(plan, 0, len(plan)), plan.describe()
     assert set(found.values()) == {1}
     assert all(at < LENGTHS[document] for document, at in found)
-    # Best fit: what is left over at the end, too, holds padding.
-    slack = summary.padding_tokens
-    counted = sum(found.values()) + summary.dropped_tokens + summary.passed_over_tokens
-    counted += summary.left_over_tokens
-    assert sum(LENGTHS) <= counted <= sum(LENGTHS) + slack
-    assert summary.tokens - slack <= sum(found.values()) <= summary.tokens
+    assert summary.repeated_tokens == 0
+    counted = summary.tokens + summary.left_over_tokens - summary.padding_tokens
+    counted += summary.dropped_tokens + summary.passed_over_tokens
+    assert counted == sum(LENGTHS)
+    assert summary.tokens - summary.padding_tokens <= sum(found.values()) <= summary.tokens
     assert summary.kept_tokens + summary.dropped_tokens == summary.dataset_tokens == sum(LENGTHS)
 
 
