@@ -9,13 +9,13 @@ import torch
 
 from ringctx.config import TopologyConfig
 from ringctx.config_file import config_to_dict
-from ringctx.errors import CheckpointError, ConfigError
+from ringctx.errors import CheckpointError, ConfigError, DatasetError
 from ringctx.parallel.cost import choose
 from ringctx.parallel.layout import Sharding
 from ringctx.parallel.mask import Mask
 from ringctx.parallel.topology import wire_up
 from ringctx.parallel.traffic import Shape
-from ringctx.run_plan import changed_fields, fields_to_agree_on, layout_table
+from ringctx.run_plan import changed_fields, fields_to_agree_on, layout_table, make_run_plan
 from tests.tiny import read_config, run_plan, write_config, write_dataset
 
 
@@ -193,3 +193,41 @@ def test_what_auto_takes_is_what_attention_is_told(folder: Path) -> None:
     assert line == f"len       128: auto: forward {choice.forward}, backward {choice.backward}"
     # Otherwise a fixed text would do.
     assert (choice.forward, choice.backward) != ("one_way", "one_way")
+
+
+def _flip_a_byte(folder: Path) -> None:
+    path = folder / "dataset" / "shard-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+def test_changed_data_are_used_when_allowed_but_never_by_a_resume(folder: Path) -> None:
+    state = run_plan(folder).plan.state(3)
+    _flip_a_byte(folder)
+    with pytest.raises(DatasetError, match="was changed after the build"):
+        run_plan(folder)
+    run = run_plan(folder, "data.allow_changed=true")
+    assert run.dataset.changed
+    with pytest.raises(ConfigError, match=r"data\.allow_changed=true does not go with a resume"):
+        make_run_plan(run.config, world_size=1, state=state)
+
+
+def test_rejects_an_end_before_what_is_done(folder: Path) -> None:
+    state = run_plan(folder).plan.state(8)
+    config = run_plan(folder, "train.steps=7").config
+    with pytest.raises(ConfigError, match=r"train\.steps=7, but the checkpoint has 8 steps done"):
+        make_run_plan(config, world_size=1, state=state)
+
+
+def test_datasets_joined_by_name_are_sources_of_a_mix(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    write_dataset(tmp_path / "more", seed=1)
+    sources = f"data.sources={{a: {folder}/dataset, b: {tmp_path}/more/dataset}}"
+    run = run_plan(folder, "data.path=''", sources, "curriculum.mix={a: 1, b: 3}")
+    assert run.dataset.source_names == ("a", "b")
+    alone = run_plan(folder).dataset.num_documents
+    for t in range(0, len(run.plan), 5):
+        step = run.plan.step(t)
+        from_a = int((step.pieces[:, 0] < alone).sum())
+        assert abs(from_a - step.num_rows / 4) <= 1
