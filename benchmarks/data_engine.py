@@ -211,7 +211,7 @@ class _Lengths:
     def read_spans(self, *_: Any) -> Any:
         raise AssertionError("a plan reads no tokens")
 
-    read = read_loss = read_spans
+    read_loss = read_spans
 
 
 def _median(run: Callable[[], object], rounds: int) -> float:

@@ -62,11 +62,6 @@ class Documents(Protocol):
     def has_loss_bits(self) -> bool:
         """Whether some token may not be a target; if not, `read_loss` need not be asked."""
 
-    def read(
-        self, documents: NDArray[np.int64], starts: NDArray[np.int64], length: int
-    ) -> NDArray[np.unsignedinteger[Any]]:
-        """Spans of one length, `[n, length]`; each must lie inside its document."""
-
     def read_spans(
         self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> NDArray[np.unsignedinteger[Any]]:

@@ -41,12 +41,6 @@ class MadeUpDocuments:
     def has_loss_bits(self) -> bool:
         return self.loss is not None
 
-    def read(
-        self, documents: NDArray[np.int64], starts: NDArray[np.int64], length: int
-    ) -> NDArray[np.uint32]:
-        lengths = np.full(len(documents), length)
-        return self.read_spans(documents, starts, lengths).reshape(len(documents), length)
-
     def read_spans(
         self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> NDArray[np.uint32]:
