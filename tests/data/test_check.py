@@ -62,6 +62,13 @@ def test_a_token_outside_the_vocabulary_is_found_with_its_place(path: Path) -> N
     assert "token id 300 at document 1 of this shard, offset 1, but vocab_size is 257" in problem
 
 
+def test_a_changed_file_is_told_and_so_is_the_place_of_a_token_that_cannot_be(path: Path) -> None:
+    np.array([1, 2, 3, 256, 4, 300], dtype="<u2").tofile(path / "shard-00000.bin")
+    changed, token = check_dataset(path)
+    assert "was changed after the build" in changed
+    assert "token id 300 at document 1 of this shard, offset 1" in token
+
+
 @pytest.mark.parametrize(
     ("offsets", "message"),
     [
