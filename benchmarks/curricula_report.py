@@ -37,10 +37,10 @@ def summarise(out: Path, names: list[str]) -> dict[str, Any]:
         near = [line for line in evals if line["limit"] == evals[0]["limit"]]
         measured[name] = {
             "tokens": steps[-1]["tokens"],
-            "cpu_seconds": round(steps[-1]["cpu_seconds"], 1),
+            "cpu_seconds": round(steps[-1]["cpu_seconds"], 3),
             "finished": bool(evals[-1].get("final")),
             "heldout_loss": near[-1]["loss"],
-            "evaluations": [[e["tokens"], round(e["cpu_seconds"], 1), e["loss"]] for e in near],
+            "evaluations": [[e["tokens"], round(e["cpu_seconds"], 3), e["loss"]] for e in near],
             "by_position": evals[-1]["by_position"],
             "edges": evals[-1].get("edges"),
             "steps_by_length": dict(sorted(Counter(s["bucket_len"] for s in steps).items())),
