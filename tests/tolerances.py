@@ -9,7 +9,13 @@ fp32, but the CPU kernel's fast exponential is only good to 1e-5.
 import torch
 from torch import Tensor
 
-__all__ = ["assert_lse_matches", "assert_matches"]
+__all__ = [
+    "assert_close",
+    "assert_lse_matches",
+    "assert_matches",
+    "assert_rounded_once",
+    "assert_sum_matches",
+]
 
 _LARGEST_ERROR = {torch.float64: 1e-11, torch.float32: 1e-5}
 _LARGEST_ERROR_OF_LSE = _LARGEST_ERROR | {torch.bfloat16: 3e-5}
@@ -35,6 +41,37 @@ def assert_matches(name: str, actual: Tensor, oracle: Tensor, *, flash: Tensor) 
 def assert_lse_matches(actual: Tensor, oracle: Tensor, *, dtype: torch.dtype) -> None:
     """`assert_matches` for an lse of inputs of `dtype`."""
     _assert_largest("lse", actual, oracle, _LARGEST_ERROR_OF_LSE[dtype])
+
+
+def assert_sum_matches(name: str, actual: Tensor, oracle: Tensor, *, terms: Tensor) -> None:
+    """`assert_matches` for sums in which terms cancel, as exact as the largest term is.
+
+    Args:
+        name: what the tensors are, for the message.
+        actual: fp32 or float64.
+        oracle: the same, in float64.
+        terms: some of what is summed, in float64.
+    """
+    largest = max(terms.abs().max().item(), oracle.abs().max().item())
+    error = (actual - oracle).abs().max().item()
+    _assert_at_most(name, error, _LARGEST_ERROR[actual.dtype] * largest)
+
+
+def assert_rounded_once(name: str, actual: Tensor, oracle: Tensor) -> None:
+    """Raise AssertionError unless 16-bit numbers are those of an fp32 result, rounded at its end.
+
+    Args:
+        name: what the tensors are, for the message.
+        actual: bf16 or fp16.
+        oracle: the same, in float64, of the same 16-bit inputs.
+    """
+    assert actual.shape == oracle.shape, (name, actual.shape, oracle.shape)
+    finfo = torch.finfo(actual.dtype)
+    # Half of the last bit, half of the smallest number, and what fp32 may be wrong by.
+    allowed = oracle.abs() * finfo.eps / 2 + finfo.smallest_normal * finfo.eps / 2
+    allowed += _LARGEST_ERROR[torch.float32] * oracle.abs().max()
+    excess = ((actual - oracle).abs() / allowed).max().item()
+    _assert_at_most(f"{name}, in parts of what is allowed", excess, 1.0)
 
 
 def _assert_largest(name: str, actual: Tensor, oracle: Tensor, relative: float) -> None:
