@@ -2,6 +2,7 @@
 
 from ringctx.parallel.context import ContextParallel, SharedSequence, next_tokens, scale_loss
 from ringctx.parallel.context_attention import context_attention
+from ringctx.parallel.context_lightning import context_lightning
 from ringctx.parallel.layout import positions, shard, unshard
 from ringctx.parallel.mesh import ContextMesh, context_mesh
 from ringctx.parallel.padding import pad_cu_seqlens, pad_to_layout, unpad
@@ -13,6 +14,7 @@ __all__ = [
     "ContextParallel",
     "SharedSequence",
     "context_attention",
+    "context_lightning",
     "context_mesh",
     "next_tokens",
     "pad_cu_seqlens",

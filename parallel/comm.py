@@ -15,9 +15,11 @@ launch on NCCL, a loop in the given order on gloo. What will only be sent later 
 connection; on NCCL with its exchange.
 """
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -226,6 +228,21 @@ class Exchange:
         self._received = tuple(recv.tensor for recv in recvs)
         self._on_cuda = any(transfer.tensor.is_cuda for transfer in (*sends, *recvs))
         self._ledger = ledger
+        self._watcher: Future[None] | None = None
+
+    def done(self) -> bool:
+        """Whether `wait` would return at once. On CUDA, where waiting blocks nobody, False.
+
+        The first call starts a thread that waits: gloo tells of no transfer before it is waited
+        for.
+        """
+        if not self._pending:
+            return True
+        if self._on_cuda:
+            return False
+        if self._watcher is None:
+            self._watcher = _in_thread(self._wait_for_each)
+        return self._watcher.done()
 
     def wait(self) -> tuple[Tensor, ...]:
         """Wait for all sends and receives; afterwards the sent tensors may be written to.
@@ -241,9 +258,31 @@ class Exchange:
         return self._received
 
     def _wait(self) -> None:
+        if self._watcher is None:
+            self._wait_for_each()
+        else:
+            self._watcher.result()
+        self._pending, self._sends = (), ()
+
+    def _wait_for_each(self) -> None:
         for pending in self._pending:
             pending.wait()
-        self._pending, self._sends = (), ()
+
+
+def _in_thread(work: Callable[[], None]) -> "Future[None]":
+    """Run `work` in a thread of its own, which does not keep the program from ending."""
+    result: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            result.set_exception(error)
+        else:
+            result.set_result(None)
+
+    threading.Thread(target=run, name="ringctx-exchange", daemon=True).start()
+    return result
 
 
 def connect(group: Group, device: torch.device) -> None:

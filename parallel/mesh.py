@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 
-from ringctx.config import Layout, ParallelConfig, Schedule, TopologyConfig
+from ringctx.config import Layout, ParallelConfig, Schedule, StateExchange, TopologyConfig
 from ringctx.errors import ConfigError, LayoutError
 from ringctx.parallel.comm import Group, SoloGroup, group_rank, group_size
 from ringctx.parallel.layout import check_layout
@@ -81,6 +81,8 @@ class ContextMesh:
     """Which tokens of a row a rank holds."""
     schedule: Schedule
     """What travels in the ring."""
+    state_exchange: StateExchange = "auto"
+    """How the states of lightning attention travel between all ranks of `group`."""
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     """How the ranks of the world are wired."""
     ulysses_group: Group = field(default_factory=SoloGroup)
@@ -156,9 +158,10 @@ def context_mesh(
     ulysses_degree: int = 1,
     layout: Layout = "zigzag",
     schedule: Schedule = "auto",
+    state_exchange: StateExchange = "auto",
     topology: TopologyConfig | None = None,
 ) -> ContextMesh:
-    """Make the mesh of one group, for `context_attention`.
+    """Make the mesh of one group, for `context_attention` and the layers of a model.
 
     Every rank of the group calls it, with the same arguments: it makes process groups, so once per
     group and not once per layer.
@@ -168,6 +171,7 @@ def context_mesh(
         ulysses_degree: ranks that share the heads; at most the size of the group is used.
         layout: which tokens a rank holds.
         schedule: what travels in the ring.
+        state_exchange: how the states of lightning attention travel.
         topology: how the ranks of the world are wired; None is a switch.
 
     Raises:
@@ -183,6 +187,7 @@ def context_mesh(
         sizes=StepLayout(cp_degree=cp_degree, dp_degree=1, rows=1),
         layout=layout,
         schedule=schedule,
+        state_exchange=state_exchange,
         topology=topology or TopologyConfig(),
         ulysses_group=subgroup(group, ranks.ulysses),
         ring_group=subgroup(group, ranks.ring),
@@ -272,6 +277,7 @@ class Mesh:
                 ulysses_degree=parallel.ulysses_degree,
                 layout=parallel.layout,
                 schedule=parallel.schedule,
+                state_exchange=parallel.state_exchange,
                 topology=parallel.topology,
             )
             for degree in sorted({layout.cp_degree for layout in layouts.values()})
