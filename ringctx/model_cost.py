@@ -2,7 +2,9 @@
 
 Model FLOPs, not hardware FLOPs: forward and backward, nothing recomputed, padding not counted, and
 of attention only the pairs that a mask leaves: 6 for each weight of a matrix product (the embedding
-look-up is none), and 12 * H * D for each pair of a token and one that it sees, in every layer.
+look-up is none), and 12 * H * D for each pair of a token and one that it sees, in every softmax
+layer. A lightning layer writes each token into a state and reads it: 12 * H * D^2 a token, as much
+as D pairs; that a chunk of tokens is computed pair by pair is a matter of the implementation.
 Source: PaLM (arXiv 2204.02311), appendix B, but only visible keys count.
 """
 
@@ -15,17 +17,18 @@ from numpy.typing import NDArray
 from ringctx.config import ModelConfig
 from ringctx.data import Step
 from ringctx.data.balance import visible_pairs
-from ringctx.model import sight
+from ringctx.mixers import sight
 
 __all__ = ["flops_per_token", "parameter_count", "step_flops", "step_tokens"]
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the whole model, embeddings included, with softmax mixers."""
+    """Parameters of the whole model, embeddings included, with the mixers that the config names."""
     assert config.vocab_size is not None
     heads = 1 if config.tie_embeddings else 2
     embeddings = heads * config.vocab_size * config.dim
-    return embeddings + config.dim + config.num_layers * _block_parameters(config)
+    blocks = sum(_block_parameters(config, layer) for layer in range(config.num_layers))
+    return embeddings + config.dim + blocks
 
 
 def flops_per_token(
@@ -67,25 +70,42 @@ def _document_lens(step: Step) -> NDArray[np.int64]:
 
 
 def _flops(config: ModelConfig, *, tokens: int, pairs: float) -> float:
+    """Of softmax pairs, over all layers, and of everything else that tokens cost."""
     assert config.vocab_size is not None
-    matrices = config.num_layers * _block_matrices(config) + config.vocab_size * config.dim
+    blocks = sum(_block_matrices(config, layer) for layer in range(config.num_layers))
+    matrices = blocks + config.vocab_size * config.dim
+    lightning = sum(config.mixer(layer) == "L" for layer in range(config.num_layers))
+    pairs += lightning * config.head_width * tokens
     return 6.0 * matrices * tokens + 12.0 * config.num_heads * config.head_width * pairs
 
 
 def _pairs(config: ModelConfig, lengths: NDArray[np.int64], *, window: int | None) -> int:
-    """Pairs of a token and one that it sees, over all documents and layers."""
-    sights = Counter(sight(config, layer, window) for layer in range(config.num_layers))
+    """Pairs of a token and one that it sees, over all documents and softmax layers."""
+    sights = Counter(
+        sight(config, layer, window)
+        for layer in range(config.num_layers)
+        if config.mixer(layer) != "L"
+    )
     return sum(
         count * int(visible_pairs(lengths, window=near, sinks=sinks).sum())
         for (near, sinks), count in sights.items()
     )
 
 
-def _block_matrices(config: ModelConfig) -> int:
-    heads = 2 * (config.num_heads + config.kv_heads)
-    return heads * config.head_width * config.dim + 3 * config.dim * config.mlp_width
+def _block_matrices(config: ModelConfig, layer: int) -> int:
+    return _mixer_matrices(config, layer) + 3 * config.dim * config.mlp_width
 
 
-def _block_parameters(config: ModelConfig) -> int:
-    qk_norms = 2 * config.head_width if config.qk_norm else 0
-    return _block_matrices(config) + 2 * config.dim + qk_norms
+def _mixer_matrices(config: ModelConfig, layer: int) -> int:
+    inner = config.num_heads * config.head_width
+    if config.mixer(layer) == "L":
+        decay = config.num_heads if config.decay_style == "data" else 0
+        # q, k, v, gate, out.
+        return (5 * inner + decay) * config.dim
+    return 2 * (inner + config.kv_heads * config.head_width) * config.dim
+
+
+def _block_parameters(config: ModelConfig, layer: int) -> int:
+    heads = 1 if config.mixer(layer) == "L" else 2 * config.qk_norm
+    norms = 2 * config.dim + heads * config.head_width
+    return _block_matrices(config, layer) + norms

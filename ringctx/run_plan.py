@@ -12,25 +12,21 @@ from typing import Any
 
 import torch
 
-from ringctx.config import Config, ParallelConfig, TopologyConfig
+from ringctx.config import Config, TopologyConfig
 from ringctx.config_file import config_to_dict
-from ringctx.data import Dataset, JoinedDataset, Plan, PlanSummary, open_dataset, open_datasets
+from ringctx.data import Dataset, JoinedDataset, Plan, open_dataset, open_datasets
 from ringctx.errors import CheckpointError, ConfigError, LayoutError
-from ringctx.parallel.cost import choose
-from ringctx.parallel.head_exchange import key_heads
-from ringctx.parallel.layout import Sharding
-from ringctx.parallel.mask import Mask
 from ringctx.parallel.mesh import StepLayout, split_ranks, step_layouts
 from ringctx.parallel.topology import wire_up
-from ringctx.parallel.traffic import Shape
 
-__all__ = ["RunPlan", "changed_fields", "fields_to_agree_on", "layout_table", "make_run_plan"]
+__all__ = ["RunPlan", "changed_fields", "fields_to_agree_on", "make_run_plan"]
 
 # A resumed run with another value of these would not be the same model on the same data. What may
 # change in the curriculum, the plan decides: it knows what its state can follow.
 _FIXED = ("model.", "train.seed")
-_WARNED = ("optim.", "train.dtype", "train.steps", "curriculum.tokens_per_step")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Another kernel computes the same model.
+_FREE = ("model.lightning_backend",)
+_WARNED = (*_FREE, "optim.", "train.dtype", "train.steps", "curriculum.tokens_per_step")
 # Where things lie may differ between nodes.
 _PLACES = ("data.path", "data.sources", "train.run_dir")
 
@@ -63,7 +59,7 @@ def make_run_plan(
         ConfigError: if dataset, plan and world do not fit.
         DatasetError: if the dataset is damaged.
     """
-    _check_wandb(config)
+    _check_installed(config)
     dataset = _open(config)
     if state is not None and dataset.changed:
         raise ConfigError(
@@ -73,7 +69,8 @@ def make_run_plan(
     config = _with_vocabulary(config, dataset)
     plan = Plan(dataset, config.curriculum, seed=config.train.seed, state=state)
     layouts = step_layouts(plan.bucket_lens, world_size=world_size, parallel=config.parallel)
-    _check_nodes({layout.cp_degree for layout in layouts.values()}, world_size, config.parallel)
+    _check_nodes({layout.cp_degree for layout in layouts.values()}, world_size, config)
+    _check_lightning_ranks(config, layouts)
     num_steps = config.train.steps or len(plan)
     if num_steps < plan.first_step:
         raise ConfigError(
@@ -113,7 +110,9 @@ def changed_fields(before: Mapping[str, Any], config: Config) -> list[str]:
         for name, value in now.items()
         if then.get(name) != value
     }
-    refused = [line for name, line in lines.items() if name.startswith(_FIXED)]
+    refused = [
+        line for name, line in lines.items() if name.startswith(_FIXED) and name not in _FREE
+    ]
     if refused:
         raise CheckpointError(
             "the checkpoint was made with other settings that cannot change on resume:\n"
@@ -130,114 +129,24 @@ def fields_to_agree_on(run: RunPlan) -> dict[str, Any]:
     return {"dataset": run.dataset.fingerprint, **same, "plan": run.plan.hash}
 
 
-def layout_table(run: RunPlan) -> list[str]:
-    """How the rows of each length are spread, what of the data is in no step, what was cut."""
-    summary = run.plan.describe()
-    lines = [
-        _layout_line(
-            length,
-            run.layouts[length],
-            num_rows=bucket.rows_per_step,
-            ulysses_degree=run.config.parallel.ulysses_degree,
-        )
-        for length, bucket in summary.buckets.items()
-    ]
-    lines += [line for length in sorted(run.layouts) for line in _auto_line(run, length)]
-    lines.append(
-        f"plan: steps {run.plan.first_step:,} to {len(run.plan):,}; the run ends after step "
-        f"{run.num_steps:,}"
-    )
-    lines.append(_coverage(summary))
-    lines += [
-        f"plan: cut from {fold.bucket:,} to {fold.into:,} tokens: {fold.pieces:,} ({fold.reason})"
-        for fold in summary.folds
-    ]
-    return [*lines, *(f"plan: {note}" for note in summary.notes)]
-
-
-def _coverage(summary: PlanSummary) -> str:
-    """Where the tokens of the dataset go, with the share of each."""
-    parts = [
-        f"{name} {tokens:,} ({tokens / summary.dataset_tokens:.2%})"
-        for name, tokens in (
-            ("in steps", summary.tokens),
-            ("trained before", summary.trained_tokens),
-            ("dropped as too short", summary.dropped_tokens),
-            ("passed over", summary.passed_over_tokens),
-            ("left over at the end", summary.left_over_tokens),
-            ("of these padding", -summary.padding_tokens),
-            ("of these repeated", -summary.repeated_tokens),
-        )
-        if tokens or name in ("in steps", "dropped as too short")
-    ]
-    return f"plan: of {summary.dataset_tokens:,} tokens: {', '.join(parts)}"
-
-
-def _layout_line(length: int, layout: StepLayout, *, num_rows: int, ulysses_degree: int) -> str:
-    empty = layout.rows_without_targets(num_rows)
-    shared = min(ulysses_degree, layout.cp_degree)
-    split = f" (ulysses {shared} x ring {layout.cp_degree // shared})" if shared > 1 else ""
-    return (
-        f"len {length:>9,}: sequences a step {num_rows:>6,}, cp {layout.cp_degree}{split} x dp "
-        f"{layout.dp_degree}, forwards {layout.num_rounds(num_rows)} x rows {layout.rows}"
-        + (f", rows without targets {empty}" if empty else "")
-    )
-
-
-def _auto_line(run: RunPlan, length: int) -> list[str]:
-    """What `auto` takes in the ring of rank 0; nothing where there is no ring, or no choice."""
-    model, parallel, layout = run.config.model, run.config.parallel, run.layouts[length]
-    if parallel.schedule != "auto":
-        return []
-    world_size = layout.cp_degree * layout.dp_degree
-    ring = next(ring for ring in _rings(layout.cp_degree, world_size, parallel) if 0 in ring)
-    if len(ring) == 1:
-        return []
-    shared = layout.cp_degree // len(ring)
-    shape = Shape(
-        batch=layout.rows,
-        heads=model.num_heads // shared,
-        kv_heads=sum(key_heads(model.num_heads, model.kv_heads, world_size=shared)[0].repeats),
-        head_dim=model.head_width,
-        dtype=_DTYPES[run.config.train.dtype],
-    )
-    taken = {}
-    for letter in dict.fromkeys(model.mixer(layer) for layer in range(model.num_layers)):
-        windowed = letter == "W"
-        choice = choose(
-            shape=shape,
-            sharding=Sharding(length, len(ring), parallel.layout),
-            mask=Mask.checked(
-                causal=True,
-                window=model.window if windowed else None,
-                sinks=model.sinks if windowed else 0,
-                cu_seqlens=None,
-                seq_len=length,
-            ),
-            wiring=wire_up(parallel.topology, ranks=ring, world_size=world_size),
-        )
-        taken[letter] = f"forward {choice.forward}, backward {choice.backward}"
-    told = [f"{letter} {passes}" for letter, passes in taken.items()]
-    if len(set(taken.values())) == 1:
-        told = list(taken.values())[:1]
-    return [f"len {length:>9,}: auto: {'; '.join(told)}"]
-
-
-def _rings(cp_degree: int, world_size: int, parallel: ParallelConfig) -> list[tuple[int, ...]]:
-    """The global ranks of every ring of one degree."""
+def _groups_of_ranks(cp_degree: int, world_size: int, config: Config) -> list[tuple[int, ...]]:
+    """The rings of softmax layers, and the whole groups in which states of L layers travel."""
+    parallel, wholes = config.parallel, [tuple(range(cp_degree))] * config.model.has("L")
     degree = min(parallel.ulysses_degree, cp_degree)
-    within = {
+    rings = [
         split_ranks(rank, cp_degree=cp_degree, ulysses_degree=degree, layout=parallel.layout).ring
         for rank in range(cp_degree)
-    }
+    ]
+    within = sorted({*rings, *wholes})
     firsts = range(0, world_size, cp_degree)
-    return [tuple(first + rank for rank in ring) for first in firsts for ring in sorted(within)]
+    return [tuple(first + rank for rank in group) for first in firsts for group in within]
 
 
-def _check_nodes(cp_degrees: Collection[int], world_size: int, parallel: ParallelConfig) -> None:
+def _check_nodes(cp_degrees: Collection[int], world_size: int, config: Config) -> None:
     """Raise ConfigError, on every rank alike, unless the nodes fit every ring of the run."""
-    rings = [ring for cp in sorted(cp_degrees) for ring in _rings(cp, world_size, parallel)]
-    bad = next((ring for ring in rings if not _fits(parallel.topology, ring, world_size)), None)
+    topology = config.parallel.topology
+    rings = [ring for cp in sorted(cp_degrees) for ring in _groups_of_ranks(cp, world_size, config)]
+    bad = next((ring for ring in rings if not _fits(topology, ring, world_size)), None)
     if bad is None:
         return
     fits = [
@@ -245,13 +154,13 @@ def _check_nodes(cp_degrees: Collection[int], world_size: int, parallel: Paralle
         for nodes in range(1, world_size + 1)
         if world_size % nodes == 0
         and all(
-            _fits(dataclasses.replace(parallel.topology, ranks_per_node=nodes), ring, world_size)
+            _fits(dataclasses.replace(topology, ranks_per_node=nodes), ring, world_size)
             for ring in rings
         )
     ]
     ranks = ", ".join(map(str, bad[:4])) + (", ..." if len(bad) > 4 else "")
     raise ConfigError(
-        f"parallel.topology.ranks_per_node={parallel.topology.ranks_per_node} does not spread the "
+        f"parallel.topology.ranks_per_node={topology.ranks_per_node} does not spread the "
         f"{len(bad)} ranks of a ring ({ranks}) evenly over nodes, and a ring waits for its "
         f"slowest link; of the numbers that divide the world of {world_size} ranks, "
         f"{', '.join(fits)} fit"
@@ -266,11 +175,48 @@ def _fits(topology: TopologyConfig, ring: tuple[int, ...], world_size: int) -> b
     return True
 
 
-def _check_wandb(config: Config) -> None:
+def _check_installed(config: Config) -> None:
+    """Raise ConfigError where a setting needs a package that is not there."""
     if config.tracking.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"tracking.wandb={config.tracking.wandb} needs wandb: pip install 'ringctx[wandb]', or "
             "set it to null"
+        )
+    _check_lightning_backend(config)
+
+
+def _check_lightning_backend(config: Config) -> None:
+    """Raise ConfigError where the kernels of L layers cannot run."""
+    backend = config.model.lightning_backend
+    if backend == "torch":
+        return
+    name, extra = {"triton": ("Triton", "gpu"), "fla": ("flash-linear-attention", "fla")}[backend]
+    if importlib.util.find_spec(backend) is None:
+        raise ConfigError(
+            f"model.lightning_backend={backend} needs {name}: pip install 'ringctx[{extra}]', or "
+            "choose torch"
+        )
+    if config.train.device == "cpu" or not torch.cuda.is_available():
+        raise ConfigError(
+            f"model.lightning_backend={backend} has kernels for CUDA devices only, and this run is "
+            "on the CPU; choose torch"
+        )
+    if backend == "fla" and config.train.dtype != "bf16":
+        raise ConfigError(
+            f"model.lightning_backend=fla rounds its products to 16 bits, so train.dtype="
+            f"{config.train.dtype} does not go with it; set train.dtype to bf16, or choose torch "
+            "or triton"
+        )
+
+
+def _check_lightning_ranks(config: Config, layouts: Mapping[int, StepLayout]) -> None:
+    """Raise ConfigError where the kernels of L layers cannot take a sequence over ranks."""
+    shared = [length for length, layout in layouts.items() if layout.cp_degree > 1]
+    if config.model.lightning_backend == "fla" and shared:
+        raise ConfigError(
+            f"model.lightning_backend=fla computes a sequence on one device, but those of "
+            f"{min(shared):,} tokens are shared by {layouts[min(shared)].cp_degree} ranks; choose "
+            f"torch or triton, or raise parallel.tokens_per_rank to {max(shared):,}"
         )
 
 

@@ -16,6 +16,7 @@ from ringctx.checkpoint import load_checkpoint, save_checkpoint, set_aside_later
 from ringctx.config_file import config_to_dict, config_to_yaml
 from ringctx.data import Loader, Microbatch, RowShard, Step
 from ringctx.errors import ConfigError, TrainingError
+from ringctx.layout_table import layout_table
 from ringctx.model_cost import flops_per_token, parameter_count, step_flops, step_tokens
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.optim import learning_rate, make_optimizer
@@ -24,7 +25,7 @@ from ringctx.parallel.comm import record_traffic
 from ringctx.parallel.mesh import Mesh, World
 from ringctx.parallel.model_states import clip_gradients
 from ringctx.resume import Beginning, checkpoint_folder
-from ringctx.run_plan import RunPlan, layout_table
+from ringctx.run_plan import RunPlan
 from ringctx.tracking import StepRecord, Tracker, read_metrics
 from ringctx.train_step import accumulate_gradients, build_engine, row_shard
 

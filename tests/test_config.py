@@ -285,6 +285,60 @@ CURRICULUM_MISTAKES = [
 ]
 
 
+LAYERS = """
+model: {mixers: %s, num_layers: 4}
+"""
+
+
+@pytest.mark.parametrize("mixers", ["L", "LLLS", "SL"])
+def test_striped_is_refused_with_any_l_layer_in_one_error_that_names_both(
+    tmp_path: Path, mixers: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, LAYERS % mixers, "parallel.layout=striped")
+    message = str(caught.value)
+    assert f"parallel.layout=striped does not go with model.mixers='{mixers}'" in message
+    assert "choose parallel.layout=zigzag" in message and "\n" not in message
+    for layout in ("zigzag", "contiguous"):
+        load(tmp_path, LAYERS % mixers, f"parallel.layout={layout}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.schedule=two_way", r"schedule=two_way has no use: .*='L' has no S or W; for L"),
+        ("parallel.ulysses_degree=2", r"ulysses_degree=2 has no use: .* exchange states, not"),
+        ("curriculum={kind: window, len: 1k}", r"kind=window has no use: .* choose .*kind=packed"),
+        (
+            "curriculum={kind: stages, stages: [{len: 1k, share: 1, rope_theta: 1e4}]}",
+            r"stages with a rope_theta have no use for it: model\.rope_mixers='SW' names no layer",
+        ),
+    ],
+    ids=str,
+)
+def test_what_only_softmax_layers_use_is_refused_where_there_are_none(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, LAYERS % "L", override)
+    load(tmp_path, LAYERS % "LS", override)
+
+
+def test_letters_that_rotate_are_those_named(tmp_path: Path) -> None:
+    for letters, rotated in (("SW", "---S-W"), ("SWL", "LLLSLW"), ("", "------"), ("L", "LLL-L-")):
+        model = ModelConfig(mixers="LLLSLW", num_layers=6, window=9, rope_mixers=letters)
+        told = "".join(model.mixer(i) if model.rotates(i) else "-" for i in range(6))
+        assert told == rotated
+
+
+def test_a_hybrid_reads_back_equal(tmp_path: Path) -> None:
+    for text in (LAYERS % "LLLS", LAYERS % "L"):
+        settings = ("model.decay_style=data", "model.rope_mixers=SWL", "model.rope_theta=1e4")
+        config = load(tmp_path, text, *settings, "parallel.state_exchange=ring")
+        (tmp_path / "written.yaml").write_text(config_to_yaml(config))
+        assert load_config(tmp_path / "written.yaml") == config
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -292,12 +346,23 @@ CURRICULUM_MISTAKES = [
         ("model.num_heads=3", r"model\.dim=512 is not divisible by model\.num_heads=3"),
         ("model.num_kv_heads=3", r"num_kv_heads=3 does not divide model\.num_heads=8"),
         ("model.head_dim=7", r"head_dim=7 must be even"),
-        ("model.mixers=SSSL", r"mixers='SSSL': no layer is called L; write .* S: softmax .*; W: "),
+        ("model.mixers=SSSX", r"mixers='SSSX': no layer is called X; write .* S: softmax .*; W: "),
         ("model.mixers=''", r"model\.mixers is empty; write a letter a layer, S: softmax"),
         ("model.mixers=SSSSSSSSS", r"mixers='SSSSSSSSS' is longer than model\.num_layers=8"),
         ("model.mixers=SSSW", r"mixers='SSSW' has W layers, which need .* model\.window=1024"),
         ("model.window=1k", r"window=1024 has no use: model\.mixers='S' has no W"),
         ("model.window=0", r"model\.window=0 must be at least 1: a token sees itself"),
+        ("model.decay_style=tnl", r"decay_style=tnl has no use: model\.mixers='S' has no L; leave"),
+        ("model.decay_style=fast", r"model\.decay_style='fast'.*'alibi', 'retnet', 'tnl', 'none'"),
+        ("model.lightning_backend=fla", r"lightning_backend=fla has no use: .*='S' has no L"),
+        ("model.rope_mixers=SX", r"rope_mixers='SX': no layer is called X; name those of S, W"),
+        ("model.rope_mixers=SL", r"rope_mixers='SL' names L, but model\.mixers='S' has no L"),
+        ("model={mixers: L, num_kv_heads: 2}", r"num_kv_heads=2 has no use: .*='L' has no S or W"),
+        ("model={mixers: L, qk_norm: true}", r"model\.qk_norm=True has no use: .* no S or W"),
+        ("model={mixers: L, rope_theta: 1e4}", r"rope_theta=10000 has no use: .*='SW' names no"),
+        ("model={rope_mixers: '', rope_theta: 1e4}", r"rope_theta=10000 has no use: .*'' names no"),
+        ("parallel.state_exchange=ring", r"state_exchange=ring has no use: .*='S' has no L"),
+        ("parallel.state_exchange=rnig", r"exchange='rnig'.* expected one of \['auto', 'all_"),
         ("model.sinks=4", r"model\.sinks=4 must be 0, or positive with a model\.window"),
         ("curriculum.max_len=1000", r"must be powers of two"),
         ("curriculum.min_len=16k", r"must be powers of two with 2 <= min_len <= max_len"),

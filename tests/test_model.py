@@ -10,15 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ringctx.config import ModelConfig
-from ringctx.model import (
-    RMSNorm,
-    Rows,
-    SoftmaxMixer,
-    Transformer,
-    initialise,
-    rotary_table,
-    rotate,
-)
+from ringctx.layers import RMSNorm, rotary_table, rotate
+from ringctx.mixers import Rows, SoftmaxMixer
+from ringctx.model import Transformer, initialise
 from ringctx.ops.losses import IGNORE_INDEX
 from ringctx.ops.naive import naive_attention
 from ringctx.parallel.comm import SoloGroup
@@ -73,8 +67,10 @@ def test_an_untrained_model_is_little_worse_than_an_even_guess() -> None:
     assert abs(loss.item() - math.log(61) - 0.5) < 0.2
 
 
-def test_a_later_token_changes_no_earlier_output() -> None:
-    model, (tokens, _) = build(CONFIG), rows(1, 20)
+@pytest.mark.parametrize("pattern", ["S", "L", "LS"])
+def test_a_later_token_changes_no_earlier_output(pattern: str) -> None:
+    config = replace(CONFIG, mixers=pattern, num_kv_heads=3 if pattern == "L" else 1)
+    model, (tokens, _) = build(config), rows(1, 20)
     changed = tokens.clone()
     changed[0, 11] = (changed[0, 11] + 1) % 61
     positions = torch.arange(20)
@@ -121,6 +117,12 @@ def test_the_window_of_a_forward_caps_that_of_every_layer(
     assert torch.equal(loss, loss_of(other, tokens, targets))
 
 
+def test_a_window_of_a_forward_does_not_concern_lightning_layers() -> None:
+    tokens, targets = rows(2, 30)
+    model = build(replace(CONFIG, mixers="L", num_kv_heads=3))
+    assert torch.equal(loss_of(model, tokens, targets, window=3), loss_of(model, tokens, targets))
+
+
 def test_a_window_of_a_forward_leaves_a_layer_its_sinks() -> None:
     tokens, targets = rows(2, 30)
     wide, near = (build(replace(CONFIG, mixers="W", window=window, sinks=2)) for window in (12, 5))
@@ -160,7 +162,7 @@ def test_a_softmax_mixer_is_the_naive_attention_of_its_layer(letter: str) -> Non
     assert_close(out, mixer.out(expected.flatten(-2)))
 
 
-@pytest.mark.parametrize("pattern", ["S", "SW", "SSSW"])
+@pytest.mark.parametrize("pattern", ["S", "SW", "SSSW", "LLLS", "LSW"])
 def test_a_packed_row_gives_the_loss_and_gradients_of_its_documents(pattern: str) -> None:
     window, sinks = (6, 2) if "W" in pattern else (None, 0)
     config = replace(CONFIG, num_layers=4, mixers=pattern, window=window, sinks=sinks)
@@ -182,9 +184,10 @@ def test_a_packed_row_gives_the_loss_and_gradients_of_its_documents(pattern: str
         assert_close(mine.grad, theirs.grad)
 
 
-def test_recompute_changes_no_gradient() -> None:
+@pytest.mark.parametrize("pattern", ["SW", "LW"])
+def test_recompute_changes_no_gradient(pattern: str) -> None:
     tokens, targets = rows(2, 17)
-    config = replace(CONFIG, mixers="SW", window=4, sinks=1)
+    config = replace(CONFIG, mixers=pattern, window=4, sinks=1)
     grads = []
     for recompute in (False, True):
         model = build(config, recompute=recompute)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ringctx.config import ModelConfig
+from ringctx.config import DecayStyle, ModelConfig
 from ringctx.data import Step
 from ringctx.model import Transformer
 from ringctx.model_cost import flops_per_token, parameter_count, step_flops, step_tokens
@@ -35,6 +35,43 @@ def test_flops_are_six_for_each_weight_and_half_the_square_for_attention() -> No
     # Forward: two products over 513 / 2 keys on average, 2 FLOPs each; backward twice that.
     attention = 3 * 2 * 2 * CONFIG.num_layers * 24 * 513 / 2
     assert flops_per_token(CONFIG, seq_len=512) - 6 * weights == attention
+
+
+@pytest.mark.parametrize("style", ["alibi", "data"])
+@pytest.mark.parametrize("mixers", ["L", "LLLS", "LSW"])
+def test_parameter_count_and_matrices_of_a_hybrid_are_those_of_the_model(
+    mixers: str, style: DecayStyle
+) -> None:
+    kv_heads = 6 if mixers == "L" else 2
+    config = ModelConfig(
+        vocab_size=61, dim=24, num_layers=5, num_heads=6, num_kv_heads=kv_heads, head_dim=8,
+        mixers=mixers, decay_style=style, qk_norm=mixers != "L",
+        window=9 if "W" in mixers else None,
+    )  # fmt: skip
+    weights = dict(Transformer(config).named_parameters())
+    assert parameter_count(config) == sum(weight.numel() for weight in weights.values())
+    matrices = sum(
+        weight.numel()
+        for name, weight in weights.items()
+        if weight.ndim > 1 and "embed" not in name
+    )
+    layers = sum(config.mixer(layer) == "L" for layer in range(5))
+    # A token is written into a state of 8 x 8 in each of 6 heads, and read from it: 2 FLOPs an
+    # entry each, and twice that backward.
+    states = layers * 3 * (2 + 2) * 6 * 8 * 8
+    assert flops_per_token(config, seq_len=0) == 6 * matrices + states
+
+
+@pytest.mark.parametrize("mixers", ["L", "LLS"])
+def test_lightning_layers_cost_a_token_the_same_at_every_length(mixers: str) -> None:
+    config = replace(CONFIG, num_layers=3, mixers=mixers, num_kv_heads=3 if mixers == "L" else 1)
+    more = flops_per_token(config, seq_len=4096) - flops_per_token(config, seq_len=0)
+    assert more == ("S" in mixers) * 12 * 24 * 4097 / 2
+    packed = flops_per_token(config, seq_len=50, cu_seqlens=(0, 8, 50))
+    assert packed == pytest.approx(
+        flops_per_token(config, seq_len=0)
+        + ("S" in mixers) * 12 * 24 * (visible(8) + visible(42)) / 50
+    )
 
 
 @pytest.mark.parametrize("borders", [(0, 50), (0, 1, 8, 29, 50)], ids=str)

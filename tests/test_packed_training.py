@@ -50,6 +50,19 @@ def plan_by_hand(dataset: Documents) -> PlanByHand:
     )
 
 
+# No layout is striped here: neighbouring tokens hand states on.
+HYBRIDS = {
+    "LLW": ("model.num_layers=3", "model.mixers=LLW", "model.rope_mixers=SWL"),
+    "LLLS by data": (
+        "model.num_layers=4",
+        "model.mixers=LLLS",
+        "model.window=null",
+        "model.sinks=0",
+        "model.decay_style=data",
+    ),
+}
+
+
 def _train(folder: Path, overrides: tuple[str, ...]) -> list[StepRecord]:
     overrides = ("tracking.peak_flops=1e12", *overrides)
     trainer = Trainer(run_plan(folder, *overrides, world_size=dist.get_world_size()), world=world())
@@ -78,6 +91,36 @@ def test_losses_of_packed_steps_depend_on_no_layout(
     np.testing.assert_allclose(losses, [record.loss for record in one_rank], rtol=1e-4)
     norms = [record.grad_norm for record in records]
     np.testing.assert_allclose(norms, [record.grad_norm for record in one_rank], rtol=1e-3)
+
+
+@pytest.fixture(scope="session")
+def one_rank_hybrids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[StepRecord]]:
+    folder = tmp_path_factory.mktemp("one-rank")
+    write_dataset(folder)
+    write_config(folder)
+    return {name: run_ranks(1, _train, folder, own)[0] for name, own in HYBRIDS.items()}
+
+
+@pytest.mark.proves("trainer: packed steps of a hybrid equal one rank's", on="CPU/gloo")
+@pytest.mark.parametrize(("engine", "layout"), [("ddp", "zigzag"), ("fsdp2", "contiguous")])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_packed_steps_of_a_hybrid_train_as_on_one_rank(
+    folder: Path,
+    one_rank_hybrids: dict[str, list[StepRecord]],
+    name: str,
+    engine: str,
+    layout: str,
+) -> None:
+    alone = one_rank_hybrids[name]
+    settings = (f"parallel.engine={engine}", f"parallel.layout={layout}", *HYBRIDS[name])
+    for tokens_per_rank, degree in ((32, 4), (128, 1)):
+        overrides = (f"parallel.tokens_per_rank={tokens_per_rank}", *settings)
+        records = run_ranks(4, _train, folder, overrides)[0]
+        assert {record.cp_degree for record in records} == {degree}
+        losses = [record.loss for record in records]
+        np.testing.assert_allclose(losses, [record.loss for record in alone], rtol=1e-4)
+        norms = [record.grad_norm for record in records]
+        np.testing.assert_allclose(norms, [record.grad_norm for record in alone], rtol=1e-3)
 
 
 def test_the_records_of_packed_steps_count_documents_and_no_padding(

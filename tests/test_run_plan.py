@@ -1,21 +1,14 @@
 """What a run will do is known, and told, before anything is made."""
 
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from ringctx.config import TopologyConfig
 from ringctx.config_file import config_to_dict
 from ringctx.errors import CheckpointError, ConfigError, DatasetError
-from ringctx.parallel.cost import choose
-from ringctx.parallel.layout import Sharding
-from ringctx.parallel.mask import Mask
-from ringctx.parallel.topology import wire_up
-from ringctx.parallel.traffic import Shape
-from ringctx.run_plan import changed_fields, fields_to_agree_on, layout_table, make_run_plan
+from ringctx.run_plan import changed_fields, fields_to_agree_on, make_run_plan
 from tests.tiny import read_config, run_plan, write_config, write_dataset
 
 
@@ -24,36 +17,6 @@ def folder(tmp_path: Path) -> Path:
     write_dataset(tmp_path)
     write_config(tmp_path)
     return tmp_path
-
-
-def test_the_table_names_rows_that_fill_up_a_world_that_does_not_divide(folder: Path) -> None:
-    lines = layout_table(run_plan(folder, world_size=3))
-    assert lines[3] == (
-        "len       128: sequences a step      2, cp 1 x dp 3, forwards 1 x rows 1, "
-        "rows without targets 1"
-    )
-
-
-def test_the_table_says_how_heads_and_tokens_share_a_ring(folder: Path) -> None:
-    overrides = ("parallel.tokens_per_rank=16", "parallel.ulysses_degree=2")
-    lines = layout_table(run_plan(folder, *overrides, world_size=8))
-    assert [line.split("cp ")[1].split(", forwards")[0] for line in lines[:4]] == [
-        "1 x dp 8",
-        "2 (ulysses 2 x ring 1) x dp 4",
-        "4 (ulysses 2 x ring 2) x dp 2",
-        "8 (ulysses 2 x ring 4) x dp 1",
-    ]
-
-
-def test_the_table_accounts_for_every_token(folder: Path) -> None:
-    run = run_plan(folder, "train.steps=null")
-    (line,) = [line for line in layout_table(run) if "tokens: in steps" in line]
-    whole, *parts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens|\()", line)]
-    assert parts[0] == len(run.plan) * 256
-    assert whole == sum(parts) == run.dataset.num_tokens
-    assert sum(float(share) for share in re.findall(r"([\d.]+)%", line)) == pytest.approx(
-        100, abs=0.1
-    )
 
 
 def test_null_steps_are_the_whole_plan_and_stay_null_in_the_config(folder: Path) -> None:
@@ -126,6 +89,7 @@ def test_wandb_that_is_not_installed_is_told_before_the_run(
         run_plan(folder, "tracking.wandb=project")
 
 
+HYBRID = ("model.mixers=LS", "model.window=null", "model.sinks=0")
 NODES = ("parallel.topology={kind: two_level, ranks_per_node: 3}", "parallel.tokens_per_rank=32")
 
 
@@ -155,44 +119,43 @@ def test_nodes_need_only_fit_the_rings_that_the_heads_leave(folder: Path) -> Non
     run_plan(folder, *NODES, "parallel.ulysses_degree=2", "parallel.layout=striped", world_size=8)
 
 
-def auto_lines(folder: Path, *overrides: str, world_size: int = 8) -> list[str]:
-    overrides = ("parallel.tokens_per_rank=16", *overrides)
-    lines = layout_table(run_plan(folder, *overrides, world_size=world_size))
-    return [line for line in lines if " auto: " in line]
+def test_nodes_must_fit_the_whole_group_through_which_states_travel(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the 4 ranks of a ring \(0, 1, 2, 3\)"):
+        run_plan(folder, *NODES, *HYBRID, "parallel.ulysses_degree=4", world_size=8)
 
 
-def test_the_table_says_what_auto_takes_for_every_length_with_a_ring(folder: Path) -> None:
-    lines = auto_lines(folder, "parallel.topology=cables")
-    assert [line.split(": auto: ")[0] for line in lines] == [
-        "len        32",
-        "len        64",
-        "len       128",
-    ]
-    passes = r"forward (\w+), backward (\w+)"
-    assert re.fullmatch(f"{passes}|S {passes}; W {passes}", lines[-1].split("auto: ")[1])
-    assert not auto_lines(folder, "parallel.schedule=two_way")
-    assert not auto_lines(folder, "parallel.tokens_per_rank=128")
+def test_the_backend_may_change_on_resume_and_the_decay_may_not(folder: Path) -> None:
+    before = config_to_dict(read_config(folder, *HYBRID))
+    changed = read_config(folder, *HYBRID, "model.lightning_backend=triton")
+    assert changed_fields(before, changed) == ["model.lightning_backend: torch -> triton"]
+    with pytest.raises(CheckpointError, match=r"model\.decay_style: alibi -> data"):
+        changed_fields(before, read_config(folder, *HYBRID, "model.decay_style=data"))
 
 
-def test_what_auto_takes_is_what_attention_is_told(folder: Path) -> None:
-    changes = ("parallel.ulysses_degree=2", "model.mixers=S", "model.window=null", "model.sinks=0")
-    wiring = "parallel.topology={kind: cables, link_gbit: 1, latency_us: 0}"
-    (line,) = [
-        line for line in auto_lines(folder, *changes, wiring) if line.startswith("len       128")
-    ]
-    choice = choose(
-        shape=Shape(batch=1, heads=2, kv_heads=1, head_dim=8, dtype=torch.float32),
-        sharding=Sharding(128, 4, "zigzag"),
-        mask=Mask(),
-        wiring=wire_up(
-            TopologyConfig(kind="cables", link_gbit=1, latency_us=0),
-            ranks=(0, 2, 4, 6),
-            world_size=8,
-        ),
-    )
-    assert line == f"len       128: auto: forward {choice.forward}, backward {choice.backward}"
-    # Otherwise a fixed text would do.
-    assert (choice.forward, choice.backward) != ("one_way", "one_way")
+def test_a_backend_that_is_not_installed_is_told_before_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"backend=fla needs flash-linear-attention: pip inst"):
+        run_plan(folder, *HYBRID, "model.lightning_backend=fla")
+    with pytest.raises(ConfigError, match=r"needs Triton: pip install 'ringctx\[gpu\]'"):
+        run_plan(folder, *HYBRID, "model.lightning_backend=triton")
+
+
+def test_kernels_of_lightning_layers_that_cannot_run_are_told_before_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = "model.lightning_backend=fla"
+    with pytest.raises(ConfigError, match=r"backend=fla .* CUDA devices only, .* choose torch"):
+        run_plan(folder, *HYBRID, backend)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"train.dtype=fp32 does not go with it"):
+        run_plan(folder, *HYBRID, backend, "train.device=auto")
+    on_bf16 = (*HYBRID, backend, "train.device=auto", "train.dtype=bf16")
+    with pytest.raises(
+        ConfigError, match=r"are shared by \d ranks; choose torch or triton, or raise"
+    ):
+        run_plan(folder, *on_bf16, "parallel.tokens_per_rank=64", world_size=2)
 
 
 def _flip_a_byte(folder: Path) -> None:

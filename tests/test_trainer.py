@@ -99,6 +99,66 @@ def test_a_longer_pattern_gives_the_same_losses_in_every_layout(folder: Path, en
     assert lengths == {1, 2}
 
 
+HYBRIDS = {
+    "LLLS": ("model.mixers=LLLS", "model.num_layers=4", "model.window=null", "model.sinks=0"),
+    "LLW by data, all rotate": (
+        "model.mixers=LLW",
+        "model.num_layers=3",
+        "model.decay_style=data",
+        "model.rope_mixers=SWL",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def hybrid_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[np.float64]]:
+    """Of one rank, by hybrid."""
+    losses = {}
+    for name, settings in HYBRIDS.items():
+        folder = tmp_path_factory.mktemp("one-rank")
+        write_dataset(folder)
+        write_config(folder)
+        losses[name] = train(1, folder, "parallel.engine=ddp", "train.steps=12", *settings)
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.proves("trainer: a hybrid has one rank's losses, and resumes", on="CPU/gloo")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_trains_as_on_one_rank_and_a_resume_half_way_changes_no_bit(
+    folder: Path, hybrid_losses: dict[str, NDArray[np.float64]], name: str, engine: str
+) -> None:
+    settings = (
+        f"parallel.engine={engine}",
+        "parallel.tokens_per_rank=32",
+        "train.steps=12",
+        "checkpoint.every=6",
+        *HYBRIDS[name],
+    )
+    losses = train(4, folder, *settings)
+    assert losses[-1] < losses[0] - 0.3, "it learns"
+    np.testing.assert_allclose(losses, hybrid_losses[name], rtol=1e-4)
+    degrees = {record["cp_degree"] for record in read_metrics(folder / "run")}
+    assert degrees == {1, 2, 4}, "cp follows the length"
+
+    half = folder / "half/checkpoints/step-00000006"
+    shutil.copytree(folder / "run/checkpoints/step-00000006", half)
+    resumed = train(4, folder, *settings, run="half")
+    assert resumed.tolist() == losses[6:].tolist()
+
+
+def test_a_hybrid_resumes_on_another_world_and_engine(
+    folder: Path, hybrid_losses: dict[str, NDArray[np.float64]]
+) -> None:
+    for world_size, settings in (
+        (4, ("parallel.engine=fsdp2", "parallel.tokens_per_rank=32", "train.stop_after=6")),
+        (2, ("parallel.engine=ddp", "parallel.tokens_per_rank=64")),
+    ):
+        losses = train(world_size, folder, "train.steps=12", *settings, *HYBRIDS["LLLS"])
+    np.testing.assert_allclose(losses, hybrid_losses["LLLS"], rtol=1e-4)
+
+
 @pytest.mark.proves("trainer: resume on another world size or engine", on="CPU/gloo")
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -136,6 +196,15 @@ def test_bf16_stays_close_to_fp32(
         "checkpoint.every=10",
     )
     np.testing.assert_allclose(losses, one_rank_losses, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_in_bf16_stays_close_to_fp32(
+    folder: Path, hybrid_losses: dict[str, NDArray[np.float64]], name: str
+) -> None:
+    settings = ("train.dtype=bf16", "train.recompute=layer", "parallel.tokens_per_rank=64")
+    losses = train(2, folder, *settings, "train.steps=12", *HYBRIDS[name])
+    np.testing.assert_allclose(losses, hybrid_losses[name], rtol=0.02)
 
 
 # The S layer lets rank 1 have a quarter of the row, which is all of rank 0's that it needs, and
@@ -188,6 +257,21 @@ def test_schedule_wiring_and_each_layers_window_reach_the_ring(folder: Path) -> 
     for call in calls:
         assert call["schedule"] == "two_way"
         assert call["topology"] == TopologyConfig(kind="cables", link_gbit=3)
+
+
+def test_a_hybrid_moves_a_state_a_part_and_keys_for_its_softmax_layers(folder: Path) -> None:
+    ways = ("parallel.schedule=one_way", "parallel.state_exchange=ring")
+    few = ("curriculum.first_step=longest", "train.steps=4")
+    train(2, folder, "parallel.tokens_per_rank=64", *ways, *few, *HYBRIDS["LLLS"])
+    records = read_metrics(folder / "run")
+    assert records[0]["bucket_len"] == 128
+    for record in records:
+        # Of zigzag's 4 parts rank 0 has the first and the last: a state goes to rank 1 and one
+        # comes back, 4 heads of 8 x 8 in fp32, in 3 layers and 2 rows; backward the same way home.
+        states = 2 * 2 * 4 * 8 * 8 * 4 * 3 * 2
+        # As below, of one layer.
+        keys = 2 * 3 * SEEN["S"] * 2 * 2 * 8 * 4
+        assert record["moved_bytes"] == (states + keys if record["bucket_len"] == 128 else 0)
 
 
 def _train_on_nan(folder: Path) -> None:

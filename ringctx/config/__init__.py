@@ -9,11 +9,12 @@ from ringctx.config.curriculum import CurriculumConfig, StageConfig
 from ringctx.config.curriculum_rules import ODDS
 from ringctx.config.data import DataConfig
 from ringctx.config.mix import split_mix_key
-from ringctx.config.model import MIXERS, ModelConfig
+from ringctx.config.model import MIXERS, DecayStyle, LightningBackend, ModelConfig
 from ringctx.config.parallel import (
     Layout,
     ParallelConfig,
     Schedule,
+    StateExchange,
     TopologyConfig,
     TopologyKind,
 )
@@ -27,12 +28,15 @@ __all__ = [
     "Config",
     "CurriculumConfig",
     "DataConfig",
+    "DecayStyle",
     "Layout",
+    "LightningBackend",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
     "Schedule",
     "StageConfig",
+    "StateExchange",
     "TopologyConfig",
     "TopologyKind",
     "TrackingConfig",

@@ -1,15 +1,20 @@
 """The section `model`: sizes of the network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from ringctx.config.checks import require
 from ringctx.errors import ConfigError
 
-__all__ = ["MIXERS", "ModelConfig"]
+__all__ = ["MIXERS", "DecayStyle", "LightningBackend", "ModelConfig"]
+
+DecayStyle = Literal["alibi", "retnet", "tnl", "none", "data"]
+LightningBackend = Literal["torch", "triton", "fla"]
 
 MIXERS = {
     "S": "softmax attention over all earlier tokens",
     "W": "softmax attention over the last model.window of them",
+    "L": "lightning attention, linear in length",
 }
 
 
@@ -24,26 +29,37 @@ class ModelConfig:
     num_layers: int = 8
     """Transformer blocks."""
     mixers: str = "S"
-    """A letter a layer, repeated over the layers (SSSW: every fourth has a window). S: softmax over
-    all earlier tokens; W: softmax over a sliding window."""
+    """A letter a layer, repeated over the layers (LLLS: every fourth is softmax). S: softmax over
+    all earlier tokens; W: softmax over a sliding window; L: lightning attention, linear in length:
+    what came before is one matrix a head."""
     window: int | None = None
     """W layers: tokens that a token sees, itself included."""
     sinks: int = 0
     """W layers: first tokens of the document that stay visible behind the window."""
+    decay_style: DecayStyle = "alibi"
+    """L layers: how a head forgets. By a fixed factor a token, alibi: e to the -2^(-8h/H) for head
+    h = 1 to H; retnet: 1 - 2^(-4-h); tnl: alibi, slower in later layers; none: not at all. By a
+    factor that each token sets, data: alibi to the power of softplus(w x) / ln 2 with learned w."""
+    lightning_backend: LightningBackend = "torch"
+    """L layers: what computes them. torch: on any device; triton: kernels for CUDA; fla: those of
+    flash-linear-attention, if installed."""
     num_heads: int = 8
-    """Query heads."""
+    """Query heads; in L layers of keys and values too."""
     num_kv_heads: int | None = None
-    """Key/value heads (grouped-query attention); null: as many as query heads."""
+    """S and W layers: key/value heads (grouped-query attention); null: as many as query heads."""
     head_dim: int | None = None
     """Width of a head; null: dim / num_heads."""
     mlp_dim: int | None = None
     """Inner width of the SwiGLU; null: 8/3 dim, rounded up to a multiple of 64."""
     rope_theta: float = 500_000.0
     """Base of the rotary frequencies; larger for longer contexts."""
+    rope_mixers: str = "SW"
+    """Letters whose layers rotate queries and keys by their position; SWL: all. The others know
+    order by what they may see, and L layers by their decay."""
     norm_eps: float = 1e-5
     """Added to the mean square in every RMSNorm."""
     qk_norm: bool = False
-    """RMSNorm on each query and key head before the rotation."""
+    """S and W layers: RMSNorm on each query and key head before the rotation."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
 
@@ -65,6 +81,7 @@ class ModelConfig:
         require(
             [
                 *self._mixer_rules(),
+                *self._use_rules(),
                 (
                     min(self.dim, self.num_layers, self.num_heads, kv_heads, self.mlp_width) > 0,
                     "model.dim, num_layers, num_heads, num_kv_heads and mlp_dim must be positive",
@@ -129,9 +146,65 @@ class ModelConfig:
             ),
         ]
 
+    def _use_rules(self) -> list[tuple[bool, str]]:
+        """Every setting that is not at its default concerns some layer."""
+        unknown = sorted(set(self.rope_mixers) - MIXERS.keys())
+        written = f"model.mixers={self.mixers!r}"
+        return [
+            *(
+                (
+                    self.has(letters) or self._is_default(name),
+                    f"model.{name}={getattr(self, name)} has no use: {written} has no "
+                    f"{' or '.join(letters)}; leave it out, or add such a layer",
+                )
+                for name, letters in (
+                    ("decay_style", "L"),
+                    ("lightning_backend", "L"),
+                    ("num_kv_heads", "SW"),
+                    ("qk_norm", "SW"),
+                )
+            ),
+            (
+                not unknown,
+                f"model.rope_mixers={self.rope_mixers!r}: no layer is called "
+                f"{', '.join(unknown)}; name those of S, W and L whose layers rotate, SWL for all",
+            ),
+            # S and W are in the default, whatever the pattern.
+            (
+                "L" not in self.rope_mixers or self.has("L"),
+                f"model.rope_mixers={self.rope_mixers!r} names L, but {written} has no L; leave it "
+                "out, or add such a layer",
+            ),
+            (
+                self.any_rotates or self._is_default("rope_theta"),
+                f"model.rope_theta={self.rope_theta:g} has no use: model.rope_mixers="
+                f"{self.rope_mixers!r} names no layer of {written}; leave it out, or name one",
+            ),
+        ]
+
+    def _is_default(self, name: str) -> bool:
+        """Whether a field says what it would if it were left out."""
+        if name == "num_kv_heads":
+            return self.num_kv_heads == self.num_heads
+        default: Any = next(field.default for field in fields(self) if field.name == name)
+        return bool(getattr(self, name) == default)
+
     def mixer(self, layer: int) -> str:
         """The letter of a layer, counted from 0."""
         return self.mixers[layer % len(self.mixers)]
+
+    def has(self, letters: str) -> bool:
+        """Whether any layer is of one of these kinds."""
+        return bool(set(letters) & set(self.mixers))
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, rotates queries and keys by their position."""
+        return self.mixer(layer) in self.rope_mixers
+
+    @property
+    def any_rotates(self) -> bool:
+        """Whether some layer does."""
+        return self.has(self.rope_mixers)
 
     @property
     def kv_heads(self) -> int:

@@ -6,10 +6,18 @@ from typing import Literal
 
 from ringctx.config.checks import is_power_of_two, require
 
-__all__ = ["Layout", "ParallelConfig", "Schedule", "TopologyConfig", "TopologyKind"]
+__all__ = [
+    "Layout",
+    "ParallelConfig",
+    "Schedule",
+    "StateExchange",
+    "TopologyConfig",
+    "TopologyKind",
+]
 
 Layout = Literal["contiguous", "zigzag", "striped"]
 Schedule = Literal["auto", "one_way", "two_way", "token_ring", "all_gather"]
+StateExchange = Literal["auto", "all_gather", "ring"]
 TopologyKind = Literal["switch", "cables", "fully_connected", "two_level"]
 
 
@@ -86,7 +94,8 @@ class ParallelConfig:
     max_cp_degree: int | None = None
     """Longest ring; lengths that need more are refused. Null: as long as the world allows."""
     layout: Layout = "zigzag"
-    """Which tokens of a sequence a rank holds; zigzag and striped balance causal work."""
+    """Which tokens of a sequence a rank holds; zigzag and striped balance causal work. L layers
+    need runs of tokens: zigzag or contiguous."""
     ulysses_degree: int = 1
     """Of a ring's ranks, how many split the heads between them instead of the tokens; 1: none."""
     schedule: Schedule = "auto"
@@ -94,6 +103,10 @@ class ParallelConfig:
     each piece only as far as the mask needs it; token_ring: queries, and partial results home;
     all_gather: K/V, straight to every rank that needs them; auto: the cheapest of these by the
     formulas for the shape, the mask and the topology, in each pass by itself."""
+    state_exchange: StateExchange = "auto"
+    """How the states of L layers travel, one a head and part of the sequence. all_gather: every
+    rank's to all, at once; ring: from rank to rank, the fewest bytes but one after the other; auto:
+    the cheaper by the formulas."""
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     """How the ranks are wired, which only `auto` and the routes ask: just the kind, as in
     `topology: cables`, or a section, as in `topology: {kind: cables, link_gbit: 50}`."""

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def test_the_demo_trains_resumes_verifies_and_draws(tmp_path: Path) -> None:
     small = (
         "model.dim=48",
-        "model.num_layers=1",
         "model.mlp_dim=96",
         "curriculum.max_len=2k",
         "curriculum.tokens_per_step=2k",

@@ -63,6 +63,26 @@ def test_every_token_of_the_dataset_is_accounted_for(
     assert (table["repeated_tokens"] > 0) == (changes[-1:] != () and "64k" in changes[-1])
 
 
+def test_the_more_lightning_layers_the_less_long_rows_take_of_the_time(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ("model.window=null", "model.sinks=0", "model.num_layers=4")
+    shares = []
+    for mixers in ("S", "LS", "LLLS"):
+        buckets = planned(folder, capsys, *plain, f"model.mixers={mixers}")["buckets"]
+        shares.append(
+            [row["predicted_time_share"] * 1e4 / row["tokens"] for row in buckets.values()]
+        )
+    for softmax, half, quarter in zip(*shares, strict=True):
+        # A token's share, relative to that of the shortest length, comes nearer to 1.
+        first = [own[0] for own in shares]
+        assert softmax / first[0] >= half / first[1] >= quarter / first[2] >= 1
+    lightning = ("model.mixers=L", "model.num_kv_heads=null", "model.qk_norm=false")
+    buckets = planned(folder, capsys, *plain, *lightning)["buckets"]
+    costs = [row["predicted_time_share"] / row["tokens"] for row in buckets.values()]
+    assert costs == pytest.approx([costs[0]] * len(costs))
+
+
 def test_overrides_may_stand_before_and_behind_options(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

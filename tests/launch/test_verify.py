@@ -82,6 +82,27 @@ def test_packed_steps_are_compared_once_a_length_and_again_where_the_last_differ
         assert result.largest < 1e-4, result.parameter
 
 
+@pytest.mark.proves("ringctx verify: hybrids of lightning and softmax", on="CPU/gloo")
+@pytest.mark.parametrize("decay_style", ["alibi", "data"])
+@pytest.mark.parametrize("compared", ["rows of one document", "packed rows"])
+def test_a_hybrid_equals_one_process(folder: Path, compared: str, decay_style: str) -> None:
+    overrides = (
+        "parallel.tokens_per_rank=32",
+        "parallel.ulysses_degree=2",
+        "model.mixers=LLW",
+        "model.num_layers=3",
+        f"model.decay_style={decay_style}",
+    )
+    compare = _compare if compared == "rows of one document" else _compare_packed
+    results = run_ranks(4, compare, folder, overrides)[0]
+    assert max(result.cp_degree for result in results) == 4
+    for result in results:
+        assert result.loss_difference < 1e-5
+        assert result.largest < 1e-4, result.parameter
+        of_decay = [name for name in result.differences if "decay" in name]
+        assert len(of_decay) == (2 if decay_style == "data" else 0)
+
+
 def halved(*args: object, world: World, **options: object) -> torch.Tensor:
     """Gradients half as large as they should be on two ranks."""
     smaller = World(rank=world.rank, size=1, device=world.device)
