@@ -27,6 +27,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise LayoutError unless q, k and v fit together."""
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        if not isinstance(x, Tensor):
+            raise LayoutError(f"{name}={x!r} must be a tensor, [B, T, H, D]")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if any(x.ndim != 4 for x in (q, k, v)):
         raise LayoutError(f"q, k, v must be [B, T, H, D], not {shapes}")
@@ -70,9 +73,10 @@ def check_log_decay(log_decay: Tensor, q: Tensor) -> None:
     if log_decay.is_cuda:
         torch._assert_async(~bad.any(), "log_decay must be finite and at most 0")
     elif bad.any():
+        first = log_decay.detach()[bad][0].item()
         raise LayoutError(
             f"log_decay has {int(bad.sum())} of {bad.numel()} entries that are positive or not "
-            f"finite, the first is {log_decay.detach()[bad][0].item()}; it is the logarithm of a "
+            f"finite, the first is {first:.6g}; it is the logarithm of a "
             "decay between 0 and 1: 0 keeps everything, -1e4 forgets everything"
         )
 
@@ -91,6 +95,8 @@ def check_state(state: Tensor | None, q: Tensor, v: Tensor, *, documents: int | 
     count = q.shape[0] if documents is None else documents
     expected = (count, q.shape[2], q.shape[3], v.shape[3])
     what = "[B, H, K, V]" if documents is None else "[documents, H, K, V]"
+    if not isinstance(state, Tensor):
+        raise LayoutError(f"the state is {state!r}; it must be a tensor, {what} = {list(expected)}")
     if tuple(state.shape) != expected:
         raise LayoutError(f"the state is {list(state.shape)}; it must be {what} = {list(expected)}")
     if state.dtype != wide_dtype(q) or state.device != q.device:
