@@ -48,7 +48,7 @@ class LightningAttention(nn.Module):
         backend: what computes it.
 
     Raises:
-        ConfigError: if sizes do not fit or the style is unknown.
+        ConfigError: if sizes do not fit, or style or backend is unknown.
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class LightningAttention(nn.Module):
         backend: LightningBackend = "torch",
     ) -> None:
         super().__init__()
-        _check(dim, num_heads, head_dim, layer=layer, num_layers=num_layers, style=decay_style)
+        _check(dim, num_heads, head_dim, layer=layer, num_layers=num_layers)
+        _check_known("decay_style", decay_style, get_args(DecayStyle))
+        _check_known("backend", backend, get_args(LightningBackend))
         self.num_heads = num_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.layer, self.num_layers = layer, num_layers
@@ -198,9 +200,9 @@ class LightningAttention(nn.Module):
         return self._per_head[device]
 
 
-def _check(
-    dim: int, num_heads: int, head_dim: int | None, *, layer: int, num_layers: int, style: str
-) -> None:
+def _check(dim: int, num_heads: int, head_dim: int | None, *, layer: int, num_layers: int) -> None:
+    if head_dim is not None and head_dim < 1:
+        raise ConfigError(f"head_dim={head_dim} must be at least 1, or None for dim / num_heads")
     if num_heads < 1 or (head_dim is None and dim % num_heads):
         raise ConfigError(
             f"dim={dim} is not divisible by num_heads={num_heads}; pass head_dim, or change one of "
@@ -210,7 +212,8 @@ def _check(
         raise ConfigError(
             f"layer={layer} is not one of num_layers={num_layers}: layers count from 0"
         )
-    if style not in get_args(DecayStyle):
-        raise ConfigError(
-            f"decay_style={style!r} is unknown; choose one of {', '.join(get_args(DecayStyle))}"
-        )
+
+
+def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")

@@ -147,7 +147,9 @@ def test_a_layer_first_used_in_inference_mode_can_be_trained() -> None:
     [
         ({"head_dim": None}, "dim=20 is not divisible by num_heads=3; pass head_dim"),
         ({"num_heads": 0}, "num_heads=0"),
+        ({"head_dim": 0}, "head_dim=0 must be at least 1, or None for dim / num_heads"),
         ({"layer": 4}, "layer=4 is not one of num_layers=4"),
+        ({"backend": "cuda"}, "backend='cuda' is unknown; choose one of torch, triton, fla"),
         ({"decay_style": "fast"}, "'fast' is unknown; choose one of alibi, retnet, tnl, none, da"),
     ],
     ids=str,
