@@ -33,10 +33,11 @@ from ringctx.ops.lightning.stages import wide_dtype
 from ringctx.parallel import comm
 from ringctx.parallel.argument_check import agreed_arguments, is_checking
 from ringctx.parallel.layout import Sharding
-from ringctx.parallel.parts import chain_of
+from ringctx.parallel.parts import Chain, chain_of
 from ringctx.parallel.ring_attention import wiring_of
 from ringctx.parallel.state_cost import StateShape, choose_exchange
 from ringctx.parallel.state_exchange import StateExchange, check_exchange
+from ringctx.parallel.topology import Wiring
 
 __all__ = ["context_lightning"]
 
@@ -127,6 +128,35 @@ def context_lightning(
             return_state=False,
         )
         return out
+    comm.connect(group, q.device)
+    fragments = chain.fragments_of(comm.group_rank(group))
+    out, _ = attend(
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        chunks=cut(fragments, chunk_len=chunk_len or suited_chunk_len(fragments)),
+        passes=passes,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        carry=_carry(q, v, log_decay, group, chain, wiring, exchange=exchange, chunk_len=chunk_len),
+    )
+    return out
+
+
+def _carry(
+    q: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    group: comm.Group,
+    chain: Chain,
+    wiring: Wiring,
+    *,
+    exchange: str,
+    chunk_len: int | None,
+) -> StateExchange | None:
+    """What fetches the states of other ranks; None where there are none."""
+    if comm.group_size(group) == 1:
+        return None
     per_head = log_decay.detach().double() if log_decay.ndim == 1 else None
     if exchange == "auto":
         shape = StateShape(
@@ -140,19 +170,7 @@ def context_lightning(
             chunk_len=chunk_len or CHUNK_LENS[-2],
         )
         exchange = choose_exchange(shape=shape, chain=chain, wiring=wiring)
-    comm.connect(group, q.device)
-    fragments = chain.fragments_of(comm.group_rank(group))
-    out, _ = attend(
-        q,
-        k,
-        v,
-        log_decay=log_decay,
-        chunks=cut(fragments, chunk_len=chunk_len or suited_chunk_len(fragments)),
-        passes=passes,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        carry=StateExchange(group, chain, exchange, per_head) if world_size > 1 else None,
-    )
-    return out
+    return StateExchange(group, chain, exchange, per_head)
 
 
 def _needs_gradient(x: object) -> bool:

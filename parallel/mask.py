@@ -22,10 +22,10 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ringctx.errors import LayoutError
+from ringctx.ops.documents import check_cu_seqlens
 from ringctx.ops.pair_attention import PairSlice
 from ringctx.parallel.layout import Piece, Run, Sharding
 from ringctx.parallel.mask_slices import Rectangle, cut, joined
@@ -80,7 +80,7 @@ class Mask:
             window, sinks = None, 0
         if cu_seqlens is None:
             return cls(causal=causal, window=window, sinks=sinks)
-        _check_bounds(cu_seqlens)
+        check_cu_seqlens(cu_seqlens)
         return _with_documents(causal, window, sinks, cu_seqlens.numpy().tobytes(), seq_len)
 
     def __hash__(self) -> int:
@@ -141,20 +141,6 @@ def _check_window(causal: bool, window: int | None, sinks: int) -> None:
         )
     if not isinstance(sinks, int) or isinstance(sinks, bool) or sinks < 0:
         raise LayoutError(f"sinks={sinks!r} must be a whole number of at least 0; 0 for none")
-
-
-def _check_bounds(cu_seqlens: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise LayoutError(
-            f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be an int32 CPU tensor: "
-            "torch.tensor([0, ..., seq_len], dtype=torch.int32)"
-        )
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.device.type != "cpu" or cu_seqlens.ndim != 1:
-        raise LayoutError(
-            f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}; "
-            "it must be int32 [documents + 1] on the CPU: "
-            "cu_seqlens.flatten().to('cpu', torch.int32), once, where the batch is made"
-        )
 
 
 # The same borders give the same object, which is equal to itself at a glance.

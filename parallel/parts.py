@@ -21,10 +21,10 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ringctx.errors import LayoutError
+from ringctx.ops.documents import check_cu_seqlens
 from ringctx.ops.lightning.chunks import Fragment
 from ringctx.parallel.layout import Sharding
 
@@ -178,17 +178,7 @@ def chain_of(sharding: Sharding, cu_seqlens: Tensor | None) -> Chain:
     check_recurrent_layout(sharding.layout, world_size=sharding.world_size)
     if cu_seqlens is None:
         return _chain(sharding, None)
-    if not isinstance(cu_seqlens, Tensor):
-        raise LayoutError(
-            f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be an int32 CPU tensor: "
-            "torch.tensor([0, ..., seq_len], dtype=torch.int32)"
-        )
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.device.type != "cpu" or cu_seqlens.ndim != 1:
-        raise LayoutError(
-            f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}; "
-            "it must be int32 [documents + 1] on the CPU: "
-            "cu_seqlens.flatten().to('cpu', torch.int32), once, where the batch is made"
-        )
+    check_cu_seqlens(cu_seqlens)
     return _chain(sharding, cu_seqlens.numpy().tobytes())
 
 

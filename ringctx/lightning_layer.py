@@ -203,7 +203,9 @@ class LightningAttention(nn.Module):
 def _check(dim: int, num_heads: int, head_dim: int | None, *, layer: int, num_layers: int) -> None:
     if head_dim is not None and head_dim < 1:
         raise ConfigError(f"head_dim={head_dim} must be at least 1, or None for dim / num_heads")
-    if num_heads < 1 or (head_dim is None and dim % num_heads):
+    if num_heads < 1:
+        raise ConfigError(f"num_heads={num_heads} must be at least 1")
+    if head_dim is None and dim % num_heads:
         raise ConfigError(
             f"dim={dim} is not divisible by num_heads={num_heads}; pass head_dim, or change one of "
             "the two"

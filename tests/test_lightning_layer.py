@@ -145,6 +145,7 @@ def test_a_layer_first_used_in_inference_mode_can_be_trained() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_heads": 0}, "num_heads=0 must be at least 1"),
         ({"head_dim": None}, "dim=20 is not divisible by num_heads=3; pass head_dim"),
         ({"num_heads": 0}, "num_heads=0"),
         ({"head_dim": 0}, "head_dim=0 must be at least 1, or None for dim / num_heads"),

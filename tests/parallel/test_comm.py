@@ -201,3 +201,54 @@ def test_what_is_expected_elsewhere_is_posted_with_its_exchange_and_counts_once(
         return counted
 
     assert run_virtual(2, body) == [[0, 8, 8]] * 2
+
+
+def _look_before_and_after(rank: int) -> list[bool]:
+    """Rank 0 looks whether something has arrived, which rank 1 sends when it is told to."""
+    group = dist.group.WORLD
+    assert group is not None
+    told, number = torch.zeros(1), torch.zeros(3)
+    if rank == 1:
+        exchange((), [Transfer(told, 0, tag=0)], group=group).wait()
+        exchange([Transfer(number + 7, 0, tag=1)], (), group=group).wait()
+        return []
+    arriving = exchange((), [Transfer(number, 1, tag=1)], group=group)
+    looks = [arriving.done(), arriving.done()]
+    exchange([Transfer(told, 1, tag=0)], (), group=group).wait()
+    while not arriving.done():
+        time.sleep(0.001)
+    looks.append(arriving.done())
+    (received,) = arriving.wait()
+    assert torch.equal(received, torch.full((3,), 7.0))
+    return [*looks, arriving.done()]
+
+
+def _as_rank() -> list[bool]:
+    return _look_before_and_after(dist.get_rank())
+
+
+def test_an_exchange_is_done_when_it_has_arrived_and_not_before() -> None:
+    looks, _ = run_ranks(2, _as_rank)
+    assert looks == [False, False, True, True]
+
+
+class _Failing:
+    def wait(self) -> None:
+        raise RuntimeError("the peer is gone")
+
+
+class _Lonely(VirtualGroup):
+    def start(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> Sequence[Pending]:
+        return [_Failing()]
+
+
+def test_what_goes_wrong_while_it_is_watched_is_raised_where_it_is_waited_for() -> None:
+    started = exchange((), [Transfer(torch.zeros(1), 1, tag=0)], group=_Lonely(0, 2, Mail()))
+    while not started.done():
+        time.sleep(0.001)
+    with pytest.raises(RuntimeError, match="the peer is gone"):
+        started.wait()
+
+
+def test_an_exchange_of_nothing_is_done_at_once() -> None:
+    assert exchange((), (), group=SoloGroup()).done()

@@ -105,11 +105,11 @@ def lightning_attention(
         with_entries=initial_state is not None,
         with_exits=return_state,
     )
+    # States by slot: [docs, H, K, V] <-> [slots, 1, H, K, V]; [B, H, K, V] <-> [1, B, H, K, V]
     packed = cu_seqlens is not None
-    initial = None
-    if initial_state is not None:
-        # [docs, H, K, V] -> [slots, 1, H, K, V]; [B, H, K, V] -> [1, B, H, K, V]
-        initial = initial_state[filled].unsqueeze(1) if packed else initial_state.unsqueeze(0)
+    initial = initial_state
+    if initial is not None:
+        initial = initial[filled].unsqueeze(1) if packed else initial.unsqueeze(0)
     out, leaving = attend(
         q,
         k,
@@ -164,9 +164,10 @@ def lightning_step(
     Raises:
         LayoutError: if inputs do not fit together.
     """
-    if any(x.ndim != 3 for x in (q, k, v)):
-        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
-        raise LayoutError(f"q, k, v of one token must be [B, H, D], not {shapes}")
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            found = list(x.shape) if isinstance(x, Tensor) else repr(x)
+            raise LayoutError(f"{name} of one token must be [B, H, D], not {found}")
     whole = [x.unsqueeze(1) for x in (q, k, v)]
     check_inputs(*whole)
     by_token = isinstance(log_decay, Tensor) and log_decay.ndim > 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ringctx.errors import LayoutError
+from ringctx.ops.documents import check_cu_seqlens
 from ringctx.ops.lightning.stages import wide_dtype
 
 __all__ = [
@@ -115,13 +116,7 @@ def document_bounds(cu_seqlens: Tensor | None, *, num_tokens: int, batch: int) -
     """
     if cu_seqlens is None:
         return [0, num_tokens]
-    if not isinstance(cu_seqlens, Tensor):
-        raise LayoutError(f"cu_seqlens={cu_seqlens!r} must be an int32 tensor on the CPU")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.device.type != "cpu":
-        raise LayoutError(
-            f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}; it "
-            "must be int32 [documents + 1] on the CPU"
-        )
+    check_cu_seqlens(cu_seqlens)
     if batch != 1:
         raise LayoutError(
             f"cu_seqlens packs documents into one row, but q has {batch}; join the rows into one, "

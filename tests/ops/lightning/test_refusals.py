@@ -77,6 +77,8 @@ def test_a_step_refuses_what_the_whole_does() -> None:
         lightning_step(**inputs | {"state": torch.zeros(3, 4, 4)}, log_decay=-torch.ones(3))
     with pytest.raises(LayoutError, match=r"one token must be \[B, H, D\]"):
         lightning_step(**inputs | {"q": token[0]}, log_decay=-torch.ones(3))
+    with pytest.raises(LayoutError, match=r"k of one token must be \[B, H, D\], not None"):
+        lightning_step(**inputs | {"k": None}, log_decay=-torch.ones(3))
 
 
 def test_nan_is_not_hidden_and_stays_in_its_document() -> None:

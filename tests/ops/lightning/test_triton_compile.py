@@ -20,18 +20,22 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.proves(
     "lightning attention: Triton kernels, forward and backward", on="ahead-of-time compilation"
 )
-@pytest.mark.parametrize("whole", [True, False], ids=["one rank", "with an exchange"])
+@pytest.mark.parametrize(
+    ("whole", "fixed"),
+    [(True, True), (True, False), (False, False)],
+    ids=["one rank, decay per head", "one rank", "with an exchange"],
+)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_no_kernel_spills_and_all_fit_shared_memory_and_use_tensor_cores(
-    arch: int, head_dim: int, whole: bool
+    arch: int, head_dim: int, whole: bool, fixed: bool
 ) -> None:
     launches = record_launches(
         k_dim=head_dim,
         v_dim=head_dim,
         chunk_len=64,
         dtype=torch.bfloat16,
-        fixed=False,
+        fixed=fixed,
         whole=whole,
     )
     assert len(launches) == (8 if whole else 12)
